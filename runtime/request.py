@@ -60,6 +60,11 @@ class Sequence:
     finish_reason: str | None = None  # "stop", "length" or "abort"
     num_swaps: int = 0  # times swapped out
     num_recomputes: int = 0  # times preempted without room in host memory
+    arrival: int = 0  # place in the order of arrival; the scheduler gives it
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.num_swaps + self.num_recomputes
 
     @property
     def num_prompt(self) -> int:
@@ -82,8 +87,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.sequences:
             self.sequences = [
-                Sequence(self, index, list(self.prompt_token_ids))
-                for index in range(self.params.n)
+                Sequence(self, index, list(self.prompt_token_ids)) for index in range(self.params.n)
             ]
 
     @property
