@@ -75,7 +75,7 @@ def run_ranks(
     """
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}, at least 1 is needed")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("spawn")
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="onecast-ranks-") as folder:
@@ -231,7 +231,7 @@ def _rank_main(
         try:
             torch.set_num_threads(1)
             timeout = timedelta(seconds=timeout_s)
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout
             )

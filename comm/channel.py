@@ -1,0 +1,132 @@
+"""The seam: publish on the source, receive elsewhere, close.
+
+Owns the `Channel` protocol, the `Frame` that both sides get, and the choice of an implementation.
+Knows nothing of how any of them moves bytes.
+
+    channel = open_channel(group)                    # on every rank of the group
+    channel.publish({"step": 7, "input_ids": ids})   # on the source
+    with channel.receive() as frame:                 # on all others
+        run(frame.mapping["input_ids"])
+"""
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from .probe import Probe
+
+DEFAULT_TIMEOUT_S = 300.0
+TRANSPORTS = ("auto", "process-group")
+
+
+class Frame:
+    """One mapping on its way through a channel, a view of the channel's own memory.
+
+    Valid until released: by leaving its `with` block, by `release()`, or by the channel's next
+    `publish`, `receive` or `close`. Copy what has to live longer.
+    """
+
+    __slots__ = ("_mapping", "_rebuild", "_retire", "metadata_bytes", "nbytes", "sequence")
+
+    def __init__(
+        self,
+        sequence: int,
+        nbytes: int,
+        metadata_bytes: int,
+        mapping: dict[Any, Any] | None,
+        rebuild: Callable[[], dict[Any, Any]] | None,
+        retire: Callable[["Frame"], None] | None,
+    ) -> None:
+        """Without `mapping`, `rebuild` makes it when asked; `retire` is told of the release."""
+        self.sequence = sequence
+        self.nbytes = nbytes
+        self.metadata_bytes = metadata_bytes
+        self._mapping = mapping
+        self._rebuild = rebuild
+        self._retire = retire
+
+    @property
+    def mapping(self) -> dict[Any, Any]:
+        """What was published: tensors as views, plain values, in the order they were given."""
+        if self._mapping is None:
+            if self._rebuild is None:
+                raise ValueError(f"frame {self.sequence} was released")
+            self._mapping = self._rebuild()
+        return self._mapping
+
+    def release(self) -> None:
+        """Give the memory back; a second call does nothing."""
+        self._mapping = None
+        self._rebuild = None
+        if self._retire is not None:
+            retire, self._retire = self._retire, None
+            retire(self)
+
+    def __enter__(self) -> "Frame":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Channel(Protocol):
+    """One source, any number of receivers, frames in order. Not for use by several threads."""
+
+    name: str
+    sequence: int  # frames that went through so far
+    broadcasts: int  # dist.broadcast calls so far
+
+    def publish(self, mapping: Mapping[Any, Any]) -> Frame:
+        """Send `mapping` to all other ranks; on the source only.
+
+        The frame returned holds what the receivers get, so that the source can use the very
+        tensors it sent. Raises UnsupportedTypeError or ValueError, after which nothing has been
+        sent and the channel is as it was, and PeerLost, Closed, BrokenChannel.
+        """
+        ...
+
+    def receive(self, timeout_s: float | None = None) -> Frame:
+        """The next frame; on every rank but the source. None: the channel's own time-out.
+
+        Raises ReceiveTimeout, after which receiving again goes on waiting for the same frame, and
+        FrameError, PeerLost, Closed, BrokenChannel.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave in order, on all ranks: receivers find Closed. A second call does nothing."""
+        ...
+
+
+def open_channel(
+    group: dist.ProcessGroup | None = None,
+    *,
+    src: int = 0,
+    transport: str = "auto",
+    device: torch.device | str | None = None,
+    probe: Probe | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    poison: bool = False,
+) -> Channel:
+    """Open a channel from global rank `src` to the other ranks of `group` (None: the world).
+
+    A collective call: every rank of the group makes it, with equal arguments. `device` is where
+    received tensors lie; None means the current GPU for an NCCL group and host memory otherwise.
+    `timeout_s` bounds every wait that is not given its own. `poison` overwrites released frames, so
+    that a view kept too long shows.
+    """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport is {transport!r}; there are: {', '.join(TRANSPORTS)}")
+    from .process_group import ProcessGroupChannel
+
+    return ProcessGroupChannel(
+        group, src=src, device=device, probe=probe, timeout_s=timeout_s, poison=poison
+    )

@@ -1,0 +1,320 @@
+"""A channel over a torch.distributed process group: one `dist.broadcast` a frame.
+
+Owns the order of broadcasts, the growing step, and what becomes of errors. Knows nothing of the
+frame's bytes beyond its lengths, nor of host and device memory.
+
+Every rank broadcasts `capacity` bytes, a number that all derive from the lengths they have seen. A
+frame that fits is there at once. One that does not is cut: the first broadcast brings its front,
+which says how long it is, and only the rest follows in a second; the capacity then fits.
+
+        capacity                          capacity
+    +----------------+            +----------------+
+    |frame   |padding|            |front           |  rest        |
+    +----------------+            +----------------+--------------+
+     one broadcast                 first            second, once
+
+NCCL: ranks that wait for a frame wait inside a collective, so an idle spell longer than the group's
+time-out makes NCCL's watchdog end the process; give the group a long one. A lost peer is found by
+its process having gone, on this host within a second.
+"""
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .channel import DEFAULT_TIMEOUT_S, Frame
+from .errors import BrokenChannel, Closed, CommError, PeerLost, ReceiveTimeout
+from .frame import (
+    CLOSES,
+    HEADER_BYTES,
+    Decoder,
+    Encoder,
+    Header,
+    check_metadata,
+    read_header,
+    rebuild,
+)
+from .frame import VERSION as FRAME_VERSION
+from .ladder import Capacity, rung
+from .peers import Peers
+from .probe import Probe
+from .staging import DeviceStaging, HostStaging, Staging
+
+_SLICE_S = 1.0  # between two looks at the peers while a broadcast does not end
+
+log = logging.getLogger(__name__)
+
+
+class ProcessGroupChannel:
+    """See `Channel`. `src` is a global rank, a member of `group`, as in `dist.broadcast`.
+
+    Opening is a collective call. Closing is one too: the source says goodbye with a last frame, and
+    a receiver that closes waits for it, passing over the frames before it.
+    """
+
+    name = "process-group"
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        src: int = 0,
+        device: torch.device | str | None = None,
+        probe: Probe | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        poison: bool = False,
+    ) -> None:
+        if not dist.is_initialized():
+            raise ValueError("torch.distributed is not initialised")
+        group = group if group is not None else dist.group.WORLD
+        if group is None or dist.get_rank(group) < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in the group")
+        if src not in dist.get_process_group_ranks(group):
+            ranks = dist.get_process_group_ranks(group)
+            raise ValueError(f"src is {src}, a global rank; the group has the ranks {ranks}")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s is {timeout_s}, it must be above 0")
+        self.sequence = 0
+        self.broadcasts = 0
+        self.src = src
+        self.is_source = dist.get_rank() == src
+        place = _device(group, device)
+        self._staging: Staging = DeviceStaging(place) if place.type == "cuda" else HostStaging()
+        # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
+        self._group = weakref.ref(group)
+        self._peers = Peers.exchange(group, place, {"src": src, "frame version": FRAME_VERSION})
+        self._probe = probe
+        self._timeout_s = timeout_s
+        self._poison = poison
+        self._capacity = Capacity()
+        self._encoder = Encoder()
+        self._decoder = Decoder()
+        self._pending: dist.Work | None = None  # a broadcast that a time-out left under way
+        self._front: Header | None = None  # of the frame whose rest is pending
+        self._frame: Frame | None = None  # the one that is not released yet
+        self._error: BaseException | None = None
+        self._closed = False
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the next first broadcast."""
+        return self._capacity.nbytes
+
+    def publish(self, mapping: Mapping[Any, Any]) -> Frame:
+        self._check(source=True)
+        probe = self._probe
+        encode_start_ns = time.perf_counter_ns() if probe is not None else 0
+        self._release_last()
+        message = self._encoder.plan(mapping)
+        staging = self._staging
+        capacity = self._capacity.nbytes
+        total = message.total
+        staging.reserve(capacity if total <= capacity else rung(total))
+        staging.put(message, self.sequence)
+        publish_start_ns = time.perf_counter_ns() if probe is not None else 0
+        try:
+            self._encoder.commit(message)
+            self._send(capacity, total)
+        except BaseException as error:
+            self._error = error
+            raise
+        region = staging.region
+        frame = self._frame = Frame(
+            self.sequence,
+            total,
+            message.metadata_bytes,
+            None,
+            lambda: rebuild(message, region),
+            self._retire if self._poison else None,
+        )
+        self.sequence += 1
+        if probe is not None:
+            self._tell(probe.published, frame, capacity, encode_start_ns, publish_start_ns)
+        return frame
+
+    def receive(self, timeout_s: float | None = None) -> Frame:
+        self._check(source=False)
+        probe = self._probe
+        wait_start_ns = time.perf_counter_ns() if probe is not None else 0
+        self._release_last()
+        capacity = self._capacity.nbytes
+        try:
+            header = self._next(self._timeout_s if timeout_s is None else timeout_s)
+            if header.flags & CLOSES:
+                self._closed = True
+                raise Closed(f"rank {self.src} closed the channel after {self.sequence} frames")
+            decode_start_ns = time.perf_counter_ns() if probe is not None else 0
+            staging = self._staging
+            memory = staging.head(header.metadata_bytes)
+            mapping = self._decoder.decode(staging.region, header, memory)
+        except (ReceiveTimeout, Closed):
+            raise
+        except BaseException as error:
+            self._error = error
+            raise
+        frame = self._frame = Frame(
+            header.sequence,
+            header.total,
+            header.metadata_bytes,
+            mapping,
+            None,
+            self._retire if self._poison else None,
+        )
+        self.sequence += 1
+        if probe is not None:
+            self._tell(probe.received, frame, capacity, wait_start_ns, decode_start_ns)
+        return frame
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._release_last()
+        if self._error is not None:
+            return  # out of step: a goodbye would not be understood
+        if self.is_source:
+            self._staging.reserve(self._capacity.nbytes)
+            self._staging.put_goodbye(self.sequence)
+            self._send(self._capacity.nbytes, 0)
+        else:
+            deadline = time.monotonic() + self._timeout_s
+            while not self._next(max(deadline - time.monotonic(), 0)).flags & CLOSES:
+                self.sequence += 1
+
+    def _check(self, source: bool) -> None:
+        if self._error is not None:
+            raise BrokenChannel(f"an earlier error left the ranks out of step: {self._error!r}")
+        if self._closed:
+            raise Closed("the channel is closed")
+        if self.is_source is not source:
+            does = "publishes" if self.is_source else "receives"
+            raise ValueError(f"the source is rank {self.src}: rank {dist.get_rank()} {does}")
+
+    def _release_last(self) -> None:
+        if self._frame is not None:
+            self._frame.release()
+            self._frame = None
+
+    def _retire(self, frame: Frame) -> None:
+        self._staging.region.poison()
+
+    def _send(self, capacity: int, total: int) -> None:
+        what = f"the other ranks to take frame {self.sequence}"
+        deadline = time.monotonic() + self._timeout_s
+        work = self._broadcast(0, capacity)
+        self._await(work, deadline, what, self._staging.sent)
+        if total > capacity:
+            work = self._broadcast(capacity, total)
+            self._await(work, deadline, what, self._staging.sent)
+        self._capacity.saw(total)
+
+    def _next(self, timeout_s: float) -> Header:
+        """The header of the next frame, once all of the frame is here."""
+        staging = self._staging
+        what = f"frame {self.sequence} from rank {self.src}"
+        deadline = time.monotonic() + timeout_s
+        capacity = self._capacity.nbytes
+        header = self._front
+        if header is None:
+            if self._pending is None:
+                staging.reserve(capacity)
+                self._pending = self._broadcast(0, capacity)
+            self._await(self._pending, deadline, what, staging.arrived)
+            self._pending = None
+            header = read_header(staging.head(HEADER_BYTES), self.sequence)
+            if header.total > capacity:
+                staging.reserve(rung(header.total), keep=capacity)
+                self._front = header
+        if header.total > capacity:
+            if self._pending is None:
+                self._pending = self._broadcast(capacity, header.total)
+            self._await(self._pending, deadline, f"the rest of {what}", staging.arrived)
+            self._pending = self._front = None
+            if header.metadata_bytes > capacity:  # else it has been checked with the header
+                check_metadata(header, staging.head(header.metadata_bytes))
+        self._capacity.saw(header.total)
+        return header
+
+    def _broadcast(self, begin: int, end: int) -> dist.Work:
+        group = self._group()
+        if group is None:
+            raise CommError("the process group was destroyed before the channel was closed")
+        self.broadcasts += 1
+        wire = self._staging.wire(begin, end)
+        try:
+            work: dist.Work | None = dist.broadcast(wire, src=self.src, group=group, async_op=True)
+        except RuntimeError as error:
+            raise self._failure(error) from error
+        assert work is not None
+        return work
+
+    def _await(
+        self,
+        work: dist.Work,
+        deadline: float,
+        what: str,
+        done: Callable[[dist.Work, float], bool],
+    ) -> None:
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                if done(work, min(max(left, 0), _SLICE_S)):
+                    return
+            except RuntimeError as error:
+                raise self._failure(error) from error
+            gone = self._peers.gone()
+            if gone is not None:
+                raise PeerLost(gone, f"its process ended while this rank waited for {what}")
+            if left <= 0:
+                raise ReceiveTimeout(f"waited in vain for {what}")
+
+    def _failure(self, error: RuntimeError) -> CommError:
+        """What a failed broadcast means; the process group says it in words only."""
+        text = str(error)
+        rank = self._peers.find_gone()
+        if rank is None and "timed out" in text.lower():
+            self._error = error  # unlike a wait of ours that ends, this one cannot be resumed
+            return ReceiveTimeout(f"the process group's own time-out ended the broadcast: {text}")
+        if rank is None and not self.is_source:
+            rank = self.src  # its connection, or that of a rank which passes its bytes on
+        return PeerLost(rank, text)
+
+    def _tell(
+        self,
+        tell: Callable[[int, int, int, int, int, int, int], None],
+        frame: Frame,
+        capacity: int,
+        first_ns: int,
+        second_ns: int,
+    ) -> None:
+        broadcasts = 1 if frame.nbytes <= capacity else 2
+        end_ns = time.perf_counter_ns()
+        try:
+            tell(
+                frame.sequence,
+                frame.nbytes,
+                frame.metadata_bytes,
+                broadcasts,
+                first_ns,
+                second_ns,
+                end_ns,
+            )
+        except Exception:
+            log.exception("the probe failed; it is removed")
+            self._probe = None
+
+
+def _device(group: dist.ProcessGroup, device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {place}; a frame can lie on cpu or cuda")
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place

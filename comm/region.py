@@ -1,0 +1,124 @@
+"""Memory that holds one frame, and the tensors that look into it.
+
+Owns where the tensors of a frame lie (`Placement`), the views of them into a piece of memory
+(`Region`), which are kept for as long as frames repeat their dimensions, and copying into them.
+Knows nothing of headers, metadata or who sends.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .dtypes import NUMPY_DTYPES
+from .errors import FrameError
+from .layout import Layout, Source
+
+ALIGNMENT = 64  # of each tensor: a cache line, and enough for any vector load
+MAX_DIMENSION = (1 << 63) - 1
+POISON = 0xA5
+
+_KEPT = 64  # views of so many placements are kept; decode steps repeat a handful
+
+
+class Placement:
+    """Where the tensors of a layout lie in a frame, for given dimensions and a given start."""
+
+    __slots__ = ("end", "tensors")
+
+    def __init__(self, layout: Layout, dims: Sequence[int], start: int, limit: int) -> None:
+        """`end`: of the last tensor. Raises FrameError if it lies beyond `limit`."""
+        self.tensors: list[tuple[torch.dtype, list[int], list[int], int]] = []
+        self.end = offset = start
+        first = 0
+        for dtype, rank in layout.tensors:
+            shape = list(dims[first : first + rank])
+            first += rank
+            strides = [1] * rank
+            count = 1
+            for axis in range(rank - 1, -1, -1):
+                if type(shape[axis]) is not int or not 0 <= shape[axis] <= MAX_DIMENSION:
+                    raise FrameError(f"a dimension is {shape[axis]!r:.50}")
+                strides[axis] = count
+                count *= max(shape[axis], 1)
+            if 0 in shape:
+                if count > MAX_DIMENSION:
+                    raise FrameError(f"an empty tensor has the dimensions {shape}")
+                self.tensors.append((dtype, shape, strides, 0))
+                continue
+            self.end = offset + count * dtype.itemsize
+            if self.end > limit:
+                raise FrameError(f"a tensor {shape} of {dtype} ends at {self.end}, beyond {limit}")
+            self.tensors.append((dtype, shape, strides, offset // dtype.itemsize))
+            offset = -(-self.end // ALIGNMENT) * ALIGNMENT
+
+
+class Region:
+    """`tensor` as the home of a frame: uint8, one axis, address and length multiples of 64.
+
+    `memory` is the same bytes as a memoryview, None for device memory. Views of one placement are
+    the same objects from frame to frame.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        assert tensor.dtype is torch.uint8 and tensor.dim() == 1 and tensor.is_contiguous()
+        assert tensor.numel() % ALIGNMENT == 0
+        self.tensor = tensor
+        self.nbytes = tensor.numel()
+        self.memory: memoryview | None = None
+        if tensor.device.type == "cpu":
+            self.memory = memoryview(tensor.numpy())  # type: ignore[arg-type]
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+        self._views: dict[Placement, list[torch.Tensor]] = {}
+        self._arrays: dict[Placement, list[np.ndarray[Any, Any] | None]] = {}
+
+    def views(self, placement: Placement) -> list[torch.Tensor]:
+        """The tensors of a frame that lies here; the caller must not change the list."""
+        views = self._views.get(placement)
+        if views is None:
+            views = [self._view(*tensor) for tensor in placement.tensors]
+            _keep(self._views, placement, views)
+        return views
+
+    def copy_in(
+        self, placement: Placement, sources: Sequence[Source | None], one_by_one: bool
+    ) -> None:
+        """Copy the sources to where the placement says.
+
+        `one_by_one` must be set if any source is a numpy array, or None to be left out.
+        """
+        views = self.views(placement)
+        if not one_by_one:
+            if views:
+                torch._foreach_copy_(views, sources)  # type: ignore[arg-type]
+            return
+        arrays = self._arrays.get(placement)
+        if arrays is None:
+            arrays = [view.numpy() if view.dtype in NUMPY_DTYPES else None for view in views]
+            _keep(self._arrays, placement, arrays)
+        # Into an array an array goes by numpy: an eighth of what torch's copy takes.
+        for source, array, view in zip(sources, arrays, views, strict=True):
+            if type(source) is np.ndarray:
+                assert array is not None
+                array[...] = source
+            elif source is not None:
+                view.copy_(source)  # type: ignore[arg-type]
+
+    def poison(self) -> None:
+        """Overwrite a released frame, so that a stale view shows."""
+        self.tensor.fill_(POISON)
+
+    def _view(
+        self, dtype: torch.dtype, shape: list[int], strides: list[int], offset: int
+    ) -> torch.Tensor:
+        typed = self._typed.get(dtype)
+        if typed is None:
+            typed = self._typed[dtype] = self.tensor.view(dtype)
+        return typed.as_strided(shape, strides, typed.storage_offset() + offset)
+
+
+def _keep(cache: dict[Placement, Any], placement: Placement, value: Any) -> None:
+    if len(cache) >= _KEPT:
+        del cache[next(iter(cache))]  # the oldest
+    cache[placement] = value
