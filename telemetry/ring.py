@@ -1,0 +1,303 @@
+"""The ring of one rank: where it writes what it does, in shared memory, and nothing else.
+
+Owns the layout and the writing side (`ring_reader` has the other one). Refuses to know torch and
+what becomes of the records. All integers are native-endian signed 64-bit words: readers live on
+the same host. The file outlives its process, so what was in flight at a SIGKILL can be read.
+
+    byte 0                                                                              4096
+    | header: 32 words | engine id: length, UTF-8 | values: 128 words | coverage: 256 words |
+    +----------------------------------------------------------------------------------+ 4096
+    | names: 512 entries of 128 bytes: length (2 bytes), UTF-8; entry 0 is "no name"     |
+    +----------------------------------------------------------------------------------+ 69632
+    | records: `capacity` (a power of two) of 64 bytes; ticket t lives in slot t % capacity |
+
+A record is eight words:
+
+    begin_ns | end_ns | step | meta | sequence | nbytes | aux | ticket + 1
+
+    end_ns    0 while the operation is in flight; written last, by one store
+    meta      kind: 4 bits | name: 12 | group: 12 | dtype: 12 | group size: 16   (low to high)
+              name, group and dtype are indices into the names; a group's entry is
+              "label \\t name unique in the cluster"
+    aux       OK: 0; ERROR: 1 | name of the exception type << 8; UNWAITED: 2
+              of a FRAME: metadata bytes (24 bits) | ns of its last part << 24
+    nbytes    of a FRAME: frame bytes (40 bits) | broadcasts << 40; of a STEP: its batch size
+    ticket+1  published last, by one aligned 8-byte store; 0 while the record is being written
+
+Times are time.perf_counter_ns() (CLOCK_MONOTONIC); the header holds what to add for time_ns().
+
+Ordering: a reader trusts a record only if its ticket word is right before and after copying
+it, and treats a slot whose head counter has moved a lap as overrun. Store order is what x86-64
+guarantees; on weakly ordered CPUs the interpreter between two stores executes the lock and
+refcount operations that order them in practice; a mistaken read costs one record, never a crash.
+"""
+
+import errno
+import itertools
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import TelemetryError
+
+MAGIC = 0x31474E49524E4F  # "ONRING1"
+VERSION = 1
+
+WORD = 8
+HEADER_BYTES = 4096
+ENGINE_ID_OFFSET, ENGINE_ID_BYTES = 256, 768
+VALUES_OFFSET, NUM_VALUES = 1024, 128
+COVERAGE_OFFSET, NUM_COVERED = 2048, 256
+NAMES_OFFSET, NAME_BYTES, NUM_NAMES = HEADER_BYTES, 128, 512
+RECORDS_OFFSET = NAMES_OFFSET + NAME_BYTES * NUM_NAMES
+RECORD_WORDS = 8
+RECORD_BYTES = RECORD_WORDS * WORD
+UNSET = -(2**63)  # a value nobody has set yet
+
+# header words
+(
+    H_MAGIC, H_VERSION, H_CAPACITY, H_PID, H_START_TIME, H_RANK, H_WORLD_SIZE, H_LOCAL_RANK,
+    H_LOCAL_WORLD_SIZE, H_CLOCK_OFFSET, H_CLOSED, H_HEAD, H_STEP, H_NAME_COUNT,
+) = range(14)  # fmt: skip
+# record words
+BEGIN, END, STEP, META, SEQUENCE, NBYTES, AUX, TICKET = range(8)
+# kinds
+COLLECTIVE, PHASE, STEP_KIND, FRAME = 1, 2, 3, 4
+# status (the low byte of aux)
+OK, ERROR, UNWAITED = 0, 1, 2
+
+_NAME_SHIFT, _GROUP_SHIFT, _DTYPE_SHIFT, _SIZE_SHIFT = 4, 16, 28, 40
+_FIELD_MASK = 0xFFF
+_RECORD = struct.Struct("8q")  # native: each word is one 8-byte store
+
+
+def pack_meta(kind: int, name: int = 0, group: int = 0, dtype: int = 0, group_size: int = 0) -> int:
+    return (
+        kind
+        | name << _NAME_SHIFT
+        | group << _GROUP_SHIFT
+        | dtype << _DTYPE_SHIFT
+        | min(group_size, 0xFFFF) << _SIZE_SHIFT
+    )
+
+
+def meta_kind(meta: int) -> int:
+    return meta & 0xF
+
+
+def meta_name(meta: int) -> int:
+    return meta >> _NAME_SHIFT & _FIELD_MASK
+
+
+def meta_group(meta: int) -> int:
+    return meta >> _GROUP_SHIFT & _FIELD_MASK
+
+
+def meta_dtype(meta: int) -> int:
+    return meta >> _DTYPE_SHIFT & _FIELD_MASK
+
+
+def meta_group_size(meta: int) -> int:
+    return meta >> _SIZE_SHIFT & 0xFFFF
+
+
+def process_start_time(pid: int) -> int | None:
+    """Field 22 of /proc/<pid>/stat; None if there is no such process or it is a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()  # the command name may hold spaces and parentheses
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def clock_offset_ns() -> int:
+    """time_ns() - perf_counter_ns(): the tightest of a few readings."""
+    best_gap, best = 1 << 62, 0
+    for _ in range(16):
+        before = time.perf_counter_ns()
+        wall = time.time_ns()
+        after = time.perf_counter_ns()
+        if after - before < best_gap:
+            best_gap, best = after - before, wall - (before + after) // 2
+    return best
+
+
+def _reserve(descriptor: int, nbytes: int, path: Path) -> None:
+    """Back every page now: a full tmpfs is an error here, not a SIGBUS at some later store."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        info = os.statvfs(path.parent)
+        raise TelemetryError(
+            f"no room for the telemetry ring {path}: it needs {nbytes} bytes, "
+            f"{info.f_bavail * info.f_frsize} are free; make {path.parent.parent} larger "
+            "or set fewer ring_records"
+        ) from error
+
+
+class RingWriter:
+    """Writes one rank's records. Safe for several threads of the process.
+
+    `begin`, `end`, `fail` and `record` are closures over the mapping, not methods: that saves
+    the attribute look-ups, a third of their cost. The slots come from itertools.count, whose
+    `next` is one atomic step under the GIL.
+
+    begin(meta, sequence, nbytes) -> ticket      opens a record
+    end(ticket, status=OK)                       closes it
+    record(begin_ns, end_ns, meta, sequence, nbytes, aux)   writes a finished one
+    """
+
+    begin: Callable[[int, int, int], int]
+    end: Callable[..., None]
+    record: Callable[[int, int, int, int, int, int], None]
+    set_step: Callable[[int], None]
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        capacity: int,
+        rank: int,
+        local_rank: int = 0,
+        world_size: int = 1,
+        local_world_size: int = 1,
+        engine_id: str = "",
+    ) -> None:
+        if capacity < 64 or capacity & (capacity - 1):
+            raise ValueError(f"ring_records is {capacity}; it must be a power of two, at least 64")
+        encoded = engine_id.encode()
+        if len(encoded) > ENGINE_ID_BYTES - 2:
+            raise ValueError(
+                f"engine_id has {len(encoded)} bytes; at most {ENGINE_ID_BYTES - 2} fit"
+            )
+        self.path = path
+        nbytes = RECORDS_OFFSET + capacity * RECORD_BYTES
+        # Readers look for the final name only: they never see a half-made header.
+        unfinished = path.with_suffix(".new")
+        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            _reserve(descriptor, nbytes, path)
+            self._mapping = mmap.mmap(descriptor, nbytes)
+        except BaseException:
+            os.unlink(unfinished)
+            raise
+        finally:
+            os.close(descriptor)
+        self._words = memoryview(self._mapping).cast("q")
+        self._lock = threading.Lock()
+        self._names: dict[str, int] = {"": 0}
+        struct.pack_into(
+            f"<H{len(encoded)}s", self._mapping, ENGINE_ID_OFFSET, len(encoded), encoded
+        )
+        values = VALUES_OFFSET // WORD
+        for index in range(values, values + NUM_VALUES):
+            self._words[index] = UNSET
+        pid = os.getpid()
+        start_time = process_start_time(pid)
+        assert start_time is not None, "this process has no /proc entry"
+        for word, value in {
+            H_MAGIC: MAGIC,
+            H_VERSION: VERSION,
+            H_CAPACITY: capacity,
+            H_PID: pid,
+            H_START_TIME: start_time,
+            H_RANK: rank,
+            H_WORLD_SIZE: world_size,
+            H_LOCAL_RANK: local_rank,
+            H_LOCAL_WORLD_SIZE: local_world_size,
+            H_CLOCK_OFFSET: clock_offset_ns(),
+            H_STEP: -1,
+            H_NAME_COUNT: 1,
+        }.items():
+            self._words[word] = value
+        self._bind(capacity)
+        os.rename(unfinished, path)
+
+    def _bind(self, capacity: int) -> None:
+        mapping, words = self._mapping, self._words
+        next_ticket = itertools.count().__next__
+        mask = capacity - 1
+        records = RECORDS_OFFSET
+        first_word = RECORDS_OFFSET // WORD
+        pack, now = _RECORD.pack_into, time.perf_counter_ns
+        current_step = -1
+
+        def begin(meta: int, sequence: int, nbytes: int) -> int:
+            ticket = next_ticket()
+            slot = ticket & mask
+            words[H_HEAD] = ticket + 1  # before the slot changes: a reader a lap behind must know
+            # pack_into zeroes the slot first, so its ticket word reads 0 until the store below.
+            pack(
+                mapping, records + (slot << 6), now(), 0, current_step, meta, sequence, nbytes, 0, 0
+            )
+            words[first_word + (slot << 3) + 7] = ticket + 1
+            return ticket
+
+        def end(ticket: int, status: int = OK) -> None:
+            word = first_word + ((ticket & mask) << 3)
+            if words[word + 7] != ticket + 1:
+                return  # a lap later the slot belongs to another record
+            if status:
+                words[word + 6] = status
+            words[word + 1] = now()
+
+        def record(
+            begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
+        ) -> None:
+            ticket = next_ticket()
+            slot = ticket & mask
+            words[H_HEAD] = ticket + 1
+            pack(
+                mapping, records + (slot << 6), begin_ns, end_ns, current_step, meta, sequence,
+                nbytes, aux, 0,
+            )  # fmt: skip
+            words[first_word + (slot << 3) + 7] = ticket + 1
+
+        def set_step(step: int) -> None:
+            nonlocal current_step
+            current_step = step
+            words[H_STEP] = step
+
+        self.begin, self.end, self.record, self.set_step = begin, end, record, set_step
+
+    def intern(self, name: str) -> int:
+        """The number of a name; the last entry stands for all that no longer fit."""
+        known = self._names.get(name)
+        if known is not None:
+            return known
+        with self._lock:
+            known = self._names.get(name)
+            if known is not None:
+                return known
+            number = len(self._names)
+            if number >= NUM_NAMES - 1:
+                number, name = NUM_NAMES - 1, "(other)"
+            encoded = name.encode()[: NAME_BYTES - 2]
+            offset = NAMES_OFFSET + number * NAME_BYTES
+            struct.pack_into(f"<H{len(encoded)}s", self._mapping, offset, len(encoded), encoded)
+            self._words[H_NAME_COUNT] = number + 1
+            self._names[name] = number
+            return number
+
+    def fail(self, ticket: int, error: BaseException) -> None:
+        """Close a record as failed, with the type of the exception."""
+        self.end(ticket, ERROR | self.intern(type(error).__name__) << 8)
+
+    def set_value(self, index: int, value: int) -> None:
+        assert 0 <= index < NUM_VALUES
+        self._words[VALUES_OFFSET // WORD + index] = value
+
+    def set_coverage(self, group: int, unrecorded: int) -> None:
+        """Collectives issued but not recorded so far, of the group with this name entry."""
+        self._words[COVERAGE_OFFSET // WORD + min(group, NUM_COVERED - 1)] = unrecorded
+
+    def close(self) -> None:
+        """Say that nothing more will come. The mapping stays until the last operation lets go."""
+        self._words[H_CLOSED] = 1

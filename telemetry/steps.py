@@ -1,0 +1,79 @@
+"""Joins the records of all local ranks into steps.
+
+Owns which step is complete and when one is given up on. Knows neither spans nor files. A step
+is complete when every local rank has ended it and none of its operations is still in flight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .ring import META, STEP, STEP_KIND
+from .ring_reader import Rows
+
+_MAX_PENDING = 256  # steps that wait for a rank; beyond, the oldest go as they are
+
+
+@dataclass(slots=True)
+class JoinedStep:
+    """One step of the engine: the records of each rank, in the order they began."""
+
+    step: int
+    rows: dict[int, Rows]  # by rank
+    unfinished: dict[int, Rows] = field(
+        default_factory=dict
+    )  # in flight when the step was given up
+
+
+class StepJoiner:
+    """Collects rows and releases whole steps, in order. Rows outside any step are ignored."""
+
+    def __init__(self, expected_ranks: int) -> None:
+        self._expected = expected_ranks
+        self._pending: dict[int, dict[int, list[Rows]]] = {}
+        self._ended: dict[int, set[int]] = {}
+        self._released = -1  # steps up to this one have left
+        self.late = 0  # records that came after their step had left
+
+    def add(self, rank: int, rows: Rows) -> None:
+        inside = rows[rows[:, STEP] >= 0]
+        steps = inside[:, STEP]
+        for step in np.unique(steps).tolist():
+            chosen = inside[steps == step]
+            if step <= self._released:
+                self.late += len(chosen)
+                continue
+            self._pending.setdefault(step, {}).setdefault(rank, []).append(chosen)
+            if ((chosen[:, META] & 0xF) == STEP_KIND).any():
+                self._ended.setdefault(step, set()).add(rank)
+
+    def release(self, pending: Mapping[int, Rows], *, everything: bool = False) -> list[JoinedStep]:
+        """Complete steps, oldest first; with `everything` also those that never completed.
+
+        `pending`: by rank, the records that the last drain did not hand out.
+        """
+        busy = {
+            step
+            for rows in pending.values()
+            for step in np.unique(rows[:, STEP]).tolist()
+            if step >= 0
+        }
+        released = []
+        for step in sorted(self._pending.keys() | (busy if everything else set())):
+            complete = len(self._ended.get(step, ())) >= self._expected and step not in busy
+            if not (complete or everything or len(self._pending) > _MAX_PENDING):
+                break
+            parts = self._pending.pop(step, {})
+            self._ended.pop(step, None)
+            self._released = max(self._released, step)
+            open_rows = {
+                rank: rows[rows[:, STEP] == step] for rank, rows in pending.items() if not complete
+            }
+            joined = {rank: np.concatenate(found) for rank, found in parts.items()}
+            released.append(
+                JoinedStep(
+                    step, joined, {rank: rows for rank, rows in open_rows.items() if len(rows)}
+                )
+            )
+        return released

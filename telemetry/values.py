@@ -1,0 +1,41 @@
+"""The plain numbers a session publishes: gauges and running totals, one 64-bit word each.
+
+The name is what `session.set_value` takes; metric and labels are what `/metrics` shows. A total
+is set to its running sum, not incremented: the runtime keeps the count, telemetry shows it.
+"""
+
+from typing import NamedTuple
+
+
+class Value(NamedTuple):
+    name: str
+    metric: str  # without the prefix onecast_
+    labels: dict[str, str]
+    counter: bool
+
+
+def _values() -> list[Value]:
+    found = []
+    for pool in ("device", "host"):
+        for state in ("used", "free"):
+            labels = {"pool": pool, "state": state}
+            found.append(Value(f"kv_blocks.{pool}.{state}", "kv_blocks", labels, False))
+    for direction in ("swap_in", "swap_out", "copy"):
+        labels = {"direction": direction}
+        found.append(Value(f"kv_blocks_moved.{direction}", "kv_blocks_moved", labels, True))
+    for state in ("waiting", "running", "swapped", "finished"):
+        found.append(Value(f"requests.{state}", "requests", {"state": state}, False))
+    for kind in ("prompt", "generated"):
+        found.append(Value(f"tokens.{kind}", "tokens", {"kind": kind}, True))
+    return found
+
+
+VALUES: tuple[Value, ...] = tuple(_values())
+VALUE_INDEX: dict[str, int] = {value.name: index for index, value in enumerate(VALUES)}
+
+METRIC_HELP = {
+    "kv_blocks": "Key/value cache blocks by pool and state",
+    "kv_blocks_moved": "Key/value cache blocks swapped in, swapped out and copied",
+    "requests": "Sequences of requests by state",
+    "tokens": "Tokens of prompts computed and tokens generated",
+}
