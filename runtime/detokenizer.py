@@ -1,0 +1,143 @@
+"""The text of a sequence while it grows, and where a stop string ends it.
+
+Owns the incremental decoding of one sequence and the search for stop strings across token
+borders. A token costs the same however long the text before it is (but a run of byte tokens costs
+its length each time), and next to nothing where there are no stop strings. Knows nothing of
+requests, and nothing of tokens that end a sequence.
+"""
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from .tokenizer import Tokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Detokenizer:
+    """One sequence's text, which ends before the first of its stop strings.
+
+    First is the one completed first, had the text come character by character; of two completed
+    together, the longer. So it never matters where tokens begin and end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if not all(stop):
+            raise ValueError("a stop string is empty")
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._token_ids: list[int] = []
+        if stop:  # else no text is needed before the end
+            self._decoder = _decoder(tokenizer)
+            self._reach = max(map(len, stop)) - 1  # characters before new ones a match may need
+            self._tail = ""
+
+    def add(self, token_id: int) -> bool:
+        """Take the next token; True when the text now contains a stop string."""
+        self._token_ids.append(token_id)
+        if not self._stop or self._tokenizer.is_silent(token_id):
+            return False
+        settled = self._tail + self._decoder.push(token_id)
+        self._tail = settled[-self._reach :] if self._reach else ""
+        recent = settled + self._decoder.unsettled()
+        return any(stop in recent for stop in self._stop)
+
+    def finish(self) -> str:
+        """`tokenizer.decode` of all tokens, cut before the first stop string."""
+        text = self._tokenizer.decode(self._token_ids)
+        matches = [
+            (start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0
+        ]
+        return text[: min(matches)[1]] if matches else text
+
+
+def text_offsets(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """For each token, how many complete characters the text before it has.
+
+    Tokens that share a character have the same offset, and so have those that show nothing.
+    """
+    decoder = _decoder(tokenizer)
+    offsets = []
+    num_settled = 0
+    for token_id in token_ids:
+        offsets.append(num_settled + len(decoder.unsettled()))
+        if not tokenizer.is_silent(token_id):
+            num_settled += len(decoder.push(token_id))
+    return offsets
+
+
+class _Decoder(Protocol):
+    def push(self, token_id: int) -> str:
+        """Take a token; returns the text that no later token can change."""
+
+    def unsettled(self) -> str:
+        """Complete characters behind the settled text which a later token may still change."""
+
+
+def _decoder(tokenizer: Tokenizer) -> _Decoder:
+    return _ByteLevelDecoder(tokenizer) if tokenizer.byte_level else _WindowDecoder(tokenizer)
+
+
+class _ByteLevelDecoder:
+    """Every token is a string of bytes, and the text is those bytes as UTF-8."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._utf8.decode(self._token_bytes(token_id))
+
+    def unsettled(self) -> str:
+        return ""
+
+
+class _WindowDecoder:
+    """Any other decoder: decodes the new tokens behind those that gave the latest text.
+
+    The difference to the latest text alone is the new text; spaces that a decoder drops at the
+    beginning of a text are dropped in both. `tokenizers.DecodeStream` does the same, but knows
+    nothing of runs of byte tokens: one invalid byte turns every character of its run into
+    U+FFFD, those handed out already included, and it raises "Invalid prefix encountered". So a run
+    is held until it has ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # tokens of the latest settled text ...
+        self._window_text = ""
+        self._held: list[int] = []  # ... and those behind them, without the run
+        self._run: list[int] = []  # byte tokens
+        self._run_bytes = bytearray()
+
+    def push(self, token_id: int) -> str:
+        byte = self._tokenizer.fallback_byte(token_id)
+        if byte is not None:
+            self._run.append(token_id)
+            self._run_bytes.append(byte)
+            return ""
+        self._held += self._run
+        self._held.append(token_id)
+        self._run.clear()
+        self._run_bytes.clear()
+        text = self._behind_window(self._held)
+        incomplete = self._tokenizer.splits_characters and text.endswith(_REPLACEMENT)
+        if incomplete or not text:
+            return ""
+        self._window = self._held
+        self._window_text = self._tokenizer.decode(self._window)
+        self._held = []
+        return text
+
+    def unsettled(self) -> str:
+        try:
+            _, complete = codecs.utf_8_decode(self._run_bytes, "strict", False)
+        except UnicodeDecodeError:
+            complete = 0
+        return self._behind_window(self._held + self._run[:complete]) if complete else ""
+
+    def _behind_window(self, token_ids: list[int]) -> str:
+        if not token_ids:
+            return ""
+        return self._tokenizer.decode(self._window + token_ids)[len(self._window_text) :]
