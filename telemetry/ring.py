@@ -66,6 +66,7 @@ UNSET = -(2**63)  # a value nobody has set yet
 # record words
 BEGIN, END, STEP, META, SEQUENCE, NBYTES, AUX, TICKET = range(8)
 # kinds
+NOTHING = 0
 COLLECTIVE, PHASE, STEP_KIND, FRAME = 1, 2, 3, 4
 # status (the low byte of aux)
 OK, ERROR, UNWAITED = 0, 1, 2
@@ -152,12 +153,17 @@ class RingWriter:
     begin(meta, sequence, nbytes) -> ticket      opens a record
     end(ticket, status=OK)                       closes it
     record(begin_ns, end_ns, meta, sequence, nbytes, aux)   writes a finished one
+    set_nbytes(ticket, nbytes)                   what was not known at the beginning
+    discard_step(ticket)                         there was no step after all: everything since its
+                                                 record belongs to none, its phases are nothing
     """
 
     begin: Callable[[int, int, int], int]
     end: Callable[..., None]
     record: Callable[[int, int, int, int, int, int], None]
     set_step: Callable[[int], None]
+    set_nbytes: Callable[[int, int], None]
+    discard_step: Callable[[int], None]
 
     def __init__(
         self,
@@ -265,7 +271,23 @@ class RingWriter:
             current_step = step
             words[H_STEP] = step
 
+        def set_nbytes(ticket: int, nbytes: int) -> None:
+            word = first_word + ((ticket & mask) << 3)
+            if words[word + 7] == ticket + 1:
+                words[word + 5] = nbytes
+
+        def discard_step(since: int) -> None:
+            for ticket in range(since, words[H_HEAD]):
+                word = first_word + ((ticket & mask) << 3)
+                if words[word + 7] != ticket + 1:
+                    continue
+                words[word + 2] = -1
+                if meta_kind(words[word + 3]) in (PHASE, STEP_KIND):
+                    words[word + 3] = NOTHING
+            set_step(-1)
+
         self.begin, self.end, self.record, self.set_step = begin, end, record, set_step
+        self.set_nbytes, self.discard_step = set_nbytes, discard_step
 
     def intern(self, name: str) -> int:
         """The number of a name; the last entry stands for all that no longer fit."""

@@ -7,7 +7,7 @@ the runtime; works in any torch.distributed program. Nothing here reads what was
 import logging
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from .intercept import CollectiveInstrumentor
 from .probe import RingProbe
@@ -61,9 +61,18 @@ class _Step:
         self.step = -1
         self.batch_size = 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._ring.set_step(self.step)
         self._ticket = self._ring.begin(self._meta, self.step, self.batch_size)
+        return self
+
+    def set_batch_size(self, num_sequences: int) -> None:
+        """For a rank that learns it only inside the step."""
+        self._ring.set_nbytes(self._ticket, num_sequences)
+
+    def discard(self) -> None:
+        """No step after all (the wait for one ended with the run): no trace, no duration."""
+        self._ring.discard_step(self._ticket)
 
     def __exit__(
         self,
@@ -106,7 +115,7 @@ class Session:
         """Where Prometheus reads; None on all but local rank 0, and where HTTP is off."""
         return self._sidecar.metrics_url if self._sidecar is not None else None
 
-    def step(self, step: int, batch_size: int) -> _Step:
+    def step(self, step: int, batch_size: int = 0) -> _Step:
         """`with session.step(n, size):` all that is recorded inside carries step n (>= 0)."""
         scope = self._step
         scope.step = step
@@ -144,17 +153,19 @@ class Session:
             return self._last_report
         return _require(self._sidecar).report(timeout_s)
 
-    def close(self) -> dict[str, Any] | None:
+    def close(self, *, wait: bool = True) -> dict[str, Any] | None:
         """Stop recording. Local rank 0 waits, within limits, until the sidecar has written all.
 
-        Returns the final report there, and None elsewhere or if the sidecar is gone.
+        Returns the final report there, and None elsewhere, if the sidecar is gone, or without
+        `wait`: after an error, when other ranks may never close, the sidecar ends with the last
+        of them by itself.
         """
         if self._closed:
             return self._last_report
         self._closed = True
         self._instrumentor.uninstrument()
         self._ring.close()
-        if self._sidecar is not None:
+        if self._sidecar is not None and wait:
             self._last_report = self._sidecar.join(self._settings.close_timeout_s)
             if self._sidecar.dead:  # it removes the directory itself, if it lives to do so
                 remove_run_dir(self.run_dir)

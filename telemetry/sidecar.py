@@ -134,12 +134,13 @@ def run(
 
     ended_since: float | None = None
     while True:
-        ended = node.ended  # asked before the poll, so that the poll sees what came before the end
+        # Asked before the poll, so that the poll sees all that came before the end.
+        ended, complete = node.ended, node.complete
         node.poll()
+        if ended and complete:
+            break
         if not ended:
             ended_since = None
-        elif node.complete:
-            break
         else:
             ended_since = ended_since or time.monotonic()
             if time.monotonic() - ended_since > _STRAGGLER_S:
