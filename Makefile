@@ -1,0 +1,43 @@
+# Every target does its own set-up: a virtual environment in .venv, dependencies
+# held to the versions in constraints.txt.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# A checkout at the root of sys.path would shadow Jupyter's `comm`.
+export PYTHONSAFEPATH := 1
+
+.PHONY: help install run test lint bench build clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## only the set-up
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "onecast needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: install ## the demo: 2 tensor-parallel workers answer the shipped batch (ARGS="..." passes options on)
+	@$(BIN)/onecast demo $(ARGS)
+
+test: install ## every test; ends with pytest's closing line (ARGS="-k name", FAST=1 leaves the long ones out)
+	$(BIN)/python -m pytest $(if $(FAST),-m 'not slow') $(ARGS)
+
+lint: install ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install ## measure every claim of the README (ARGS="--quick --json FILE")
+	$(BIN)/onecast bench comm $(ARGS)
+
+build: install ## the wheel, into dist/
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean: ## remove the virtual environment and what was built
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,194 @@
+"""The settings of one run: read once from the command line, checked once, then frozen.
+
+Owns the options of `onecast generate` and of the worker (they are the same: the launcher hands
+its own on), their limits, and the only reading of environment variables in the runtime. Knows
+nothing of torch, so that a wrong option is answered in milliseconds.
+"""
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHANNELS = ("auto", "process-group")
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """What one run of `onecast generate` does. Sizes are per rank."""
+
+    model: Path
+    input: Path
+    output: Path
+    tp: int = 1
+    device: str = "cpu"
+    dtype: str = "auto"
+    channel: str = "auto"
+    num_blocks: int | None = None
+    num_host_blocks: int | None = None
+    block_size: int = 16
+    max_batch_tokens: int = 512
+    max_batch_size: int = 64
+    max_model_len: int | None = None
+    no_chunked_prefill: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    timeout_s: float = 120.0
+    no_telemetry: bool = False
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    trace: Path | None = None
+    show: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{_flag(name)}: {value} is below {least}")
+        if self.metrics_port > 65535:
+            raise ValueError(f"--metrics-port: {self.metrics_port} is above 65535")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite contradict each other: choose one")
+        if self.no_telemetry and self.trace is not None:
+            raise ValueError("--trace needs telemetry: leave out --no-telemetry")
+
+    def context_limit(self, context: int) -> int:
+        """Prompt and output tokens of a sequence, at most; ValueError above the model's context."""
+        if self.max_model_len is None:
+            return context
+        if self.max_model_len > context:
+            raise ValueError(
+                f"--max-model-len: {self.max_model_len} is above the model's context of {context}"
+            )
+        return self.max_model_len
+
+    def to_argv(self) -> list[str]:
+        """The options that make an equal configuration, for the worker processes."""
+        argv: list[str] = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                argv += [_flag(field.name)] if value else []
+            elif value is not None:
+                argv += [f"{_flag(field.name)}={value}"]
+        return argv
+
+
+_LEAST: dict[str, float] = {
+    "tp": 1,
+    "num_blocks": 1,
+    "num_host_blocks": 0,
+    "block_size": 1,
+    "max_batch_tokens": 1,
+    "max_batch_size": 1,
+    "max_model_len": 1,
+    "timeout_s": 1,
+    "metrics_port": 0,
+    "show": 0,
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add every option of `RunConfig`; `defaults` replace those of the dataclass."""
+    known: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(RunConfig)
+        if field.default is not dataclasses.MISSING
+    } | defaults
+
+    def option(name: str, help_text: str, **kwargs: Any) -> None:
+        if name in known:
+            kwargs["default"] = known[name]
+        else:
+            kwargs["required"] = True
+        parser.add_argument(_flag(name), help=help_text, **kwargs)
+
+    def switch(name: str, help_text: str) -> None:
+        parser.add_argument(_flag(name), action="store_true", help=help_text, default=known[name])
+
+    option("model", "Hugging Face model directory", type=Path, metavar="DIR")
+    option("input", "OpenAI batch file (JSONL)", type=Path, metavar="FILE")
+    option("output", "where the result lines go (JSONL)", type=Path, metavar="FILE")
+    option("tp", "tensor-parallel ranks (%(default)s)", type=int, metavar="N")
+    option("device", "cpu or cuda (%(default)s)", choices=("cpu", "cuda"))
+    option(
+        "dtype",
+        "compute type; auto: float32 on cpu, the checkpoint's on cuda (%(default)s)",
+        choices=DTYPES,
+    )
+    option("channel", "how a step reaches the ranks (%(default)s)", choices=CHANNELS)
+    option("num_blocks", "KV-cache blocks on the device (default: by memory)", type=int)
+    option("num_host_blocks", "KV-cache blocks in host memory (default: as many)", type=int)
+    option("block_size", "tokens in a KV-cache block (%(default)s)", type=int)
+    option("max_batch_tokens", "tokens in one step, at most (%(default)s)", type=int)
+    option("max_batch_size", "sequences in one step, at most (%(default)s)", type=int)
+    option("max_model_len", "prompt and output tokens, at most (default: the model's)", type=int)
+    switch("no_chunked_prefill", "never split a prompt over several steps")
+    switch("resume", "keep the results that are there and finish the rest")
+    switch("overwrite", "replace an existing output file")
+    option("timeout_s", "longest wait for another rank, in seconds (%(default)s)", type=float)
+    switch("no_telemetry", "measure nothing")
+    option("metrics_host", "address to serve /metrics on (%(default)s)", metavar="HOST")
+    option("metrics_port", "port to serve /metrics on; 0: any free one (%(default)s)", type=int)
+    option("trace", "trace file for Jaeger's and Perfetto's pages", type=Path, metavar="FILE")
+    option("show", "print this many prompts with their completions at the end", type=int)
+
+
+def run_config(options: argparse.Namespace) -> RunConfig:
+    """The checked configuration; ValueError names the option, its value and the limit."""
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    return RunConfig(**{name: value for name, value in vars(options).items() if name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnvironment:
+    """Who this process is, as torchrun says it, and what the launcher of `onecast` adds."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    node: int
+    run_id: str
+    run_dir: str | None  # shared-memory directory made by the launcher of `onecast`
+    several_ranks_per_gpu: bool
+
+    @property
+    def launched_by_onecast(self) -> bool:
+        return self.run_dir is not None
+
+
+RUN_DIR_VARIABLE = "ONECAST_RUN_DIR"
+
+
+def rank_environment() -> RankEnvironment:
+    """Read torchrun's variables; ValueError when this process was not launched by it."""
+    environ = os.environ
+    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in environ]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} not set: start workers with `onecast generate --tp N` or "
+            "`torchrun --nproc-per-node N -m onecast.runtime.worker ...`"
+        )
+    return RankEnvironment(
+        rank=int(environ["RANK"]),
+        local_rank=int(environ["LOCAL_RANK"]),
+        world_size=int(environ["WORLD_SIZE"]),
+        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
+        node=int(environ.get("GROUP_RANK", "0")),
+        run_id=environ.get("TORCHELASTIC_RUN_ID", "onecast"),
+        run_dir=environ.get(RUN_DIR_VARIABLE),
+        several_ranks_per_gpu=several_ranks_per_gpu(),
+    )
+
+
+def several_ranks_per_gpu() -> bool:
+    """NCCL 2.30 and later can put several ranks on one GPU when this is set."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"

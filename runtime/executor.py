@@ -1,0 +1,68 @@
+"""Carries out steps on one rank: the order inside a step, and the loop of the ranks that follow.
+
+Inside a step: swap out, swap in, copy, forward. Knows nothing of requests or of scheduling; rank 0
+drives its own executor through `engine.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from onecast.comm import Channel, Closed, Frame
+
+from .kv_cache import KVCache
+from .model_runner import ModelRunner
+from .observer import Observer
+
+
+class StepExecutor:
+    """Applies the block operations of a step to this rank's KV cache and runs the model."""
+
+    def __init__(self, model: ModelRunner, kv_cache: KVCache, observer: Observer) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._observer = observer
+        self._block_operations = (
+            ("swap_out", "kv.swap_out", kv_cache.swap_out),
+            ("swap_in", "kv.swap_in", kv_cache.swap_in),
+            ("copy", "kv.copy", kv_cache.copy),
+        )
+
+    def execute(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Run one step; `inputs` is the step's frame as `step.prepare_inputs` lays it out.
+
+        Returns the float32 logits `[num_rows, vocab_size]` on the driver, None elsewhere.
+        """
+        for key, phase, operation in self._block_operations:
+            pairs = inputs[key]
+            if pairs.shape[0]:
+                with self._observer.phase(phase):
+                    operation(pairs)
+        with self._observer.phase("model.forward"):
+            return self._model.forward(inputs, self._kv_cache)
+
+    def follow(self, channel: Channel) -> int:
+        """Carry out what the driver publishes until it closes the channel; returns the steps."""
+        step = 0
+        while True:
+            with self._observer.step(step) as observed:
+                with self._observer.phase("step.receive"):
+                    frame = _next_frame(channel)
+                    if frame is None:
+                        observed.discard()
+                        return step
+                with frame:
+                    inputs = frame.mapping
+                    assert inputs["step"] == step, f"driver is at {inputs['step']}, not {step}"
+                    observed.set_batch_size(inputs["seq_lens"].shape[0])
+                    self.execute(inputs)
+            step += 1
+
+
+def _next_frame(channel: Channel) -> Frame | None:
+    """The next frame; None when the driver has closed the channel."""
+    try:
+        return channel.receive()
+    except Closed:
+        return None

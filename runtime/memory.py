@@ -1,0 +1,63 @@
+"""How many KV-cache blocks a rank gets: what was asked for, or what memory allows.
+
+Owns that decision; whether the pools fit is the KV cache's own check.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .config import RunConfig
+
+CUDA_SHARE = 0.90  # of the free device memory, once the weights are there
+HOST_SHARE = 0.25  # of the memory available to all ranks of the host
+
+
+def block_counts(
+    config: RunConfig,
+    *,
+    bytes_per_block: int,
+    max_model_len: int,
+    device: torch.device,
+    local_world_size: int,
+) -> tuple[int, int]:
+    """Return `(num_blocks, num_host_blocks)`, the same on every rank of the default group.
+
+    Without `--num-blocks` there is room for `--max-batch-size` sequences of the greatest length,
+    or for as much of that as memory allows; without `--num-host-blocks` as many on the host.
+    """
+    host_bytes = int(_host_bytes() * HOST_SHARE) // local_world_size
+    num_blocks, num_host_blocks = config.num_blocks, config.num_host_blocks
+    if num_blocks is None:
+        device_bytes = host_bytes
+        if device.type == "cuda":
+            device_bytes = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
+        wanted = config.max_batch_size * -(-max_model_len // config.block_size)
+        num_blocks = _agreed(max(1, min(wanted, device_bytes // bytes_per_block)), device)
+    if num_host_blocks is None:
+        num_host_blocks = _agreed(min(num_blocks, host_bytes // bytes_per_block), device)
+    return num_blocks, num_host_blocks
+
+
+def _host_bytes() -> int:
+    """Memory the kernel says is available, within the container's limit where there is one."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, max(0, int(text) - int(used.read_text())))
+    return available
+
+
+def _agreed(count: int, device: torch.device) -> int:
+    """The least of all ranks' counts: one driver plans the blocks of all of them."""
+    if dist.get_world_size() == 1:
+        return count
+    tensor = torch.tensor([count], dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return int(tensor.item())

@@ -1,0 +1,73 @@
+"""What the loop tells whoever watches it: steps, phases and a few values.
+
+Owns the narrow protocol, and the observer that watches nothing. Knows nothing of telemetry:
+`launch.py` alone puts the real one here.
+"""
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from onecast.comm import Probe
+
+
+class ObservedStep(Protocol):
+    """One step of this rank, from the wait for its frame to its last phase."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def set_batch_size(self, num_sequences: int) -> None:
+        """A worker learns how many sequences a step has only when its frame is there."""
+
+    def discard(self) -> None:
+        """No step after all: what arrived was the end of the run."""
+
+
+class Observer(Protocol):
+    """The loop's view of telemetry. All calls are cheap enough for the hot path."""
+
+    @property
+    def probe(self) -> Probe | None: ...
+
+    def step(self, step: int, batch_size: int = 0) -> ObservedStep: ...
+
+    def phase(self, name: str) -> AbstractContextManager[Any]: ...
+
+    def set_value(self, name: str, value: int) -> None: ...
+
+
+class _Unobserved:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def set_batch_size(self, num_sequences: int) -> None:
+        return None
+
+    def discard(self) -> None:
+        return None
+
+
+class NullObserver:
+    """Watches nothing, allocates nothing."""
+
+    probe: Probe | None = None
+    _nothing = _Unobserved()
+
+    def step(self, step: int, batch_size: int = 0) -> ObservedStep:
+        return self._nothing
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        return self._nothing
+
+    def set_value(self, name: str, value: int) -> None:
+        return None

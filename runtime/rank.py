@@ -1,0 +1,112 @@
+"""One rank of a run, set up: device, process groups, its part of the model, KV cache, channel.
+
+Owns the order in which these come up and go down. Knows nothing of what the run is for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from onecast.comm import Channel, open_channel
+
+from .config import RankEnvironment, RunConfig
+from .executor import StepExecutor
+from .kv_cache import KVCache
+from .memory import block_counts
+from .model_config import ModelConfig
+from .model_runner import ModelRunner, load_model
+from .observer import Observer
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What a rank works with once it is set up."""
+
+    environment: RankEnvironment
+    channel: Channel
+    executor: StepExecutor
+    kv_cache: KVCache
+    observer: Observer
+
+
+@contextmanager
+def process_groups(
+    config: RunConfig, environment: RankEnvironment
+) -> Iterator[tuple[torch.device, dist.ProcessGroup, dist.ProcessGroup]]:
+    """Join torch.distributed; gives the device, the model's group and the step broadcast's.
+
+    Two groups of the same ranks: metrics and traces tell the step broadcast from the model's own
+    collectives by their names.
+    """
+    device = _choose_device(config, environment)
+    cuda = device.type == "cuda"
+    timeout = timedelta(seconds=config.timeout_s)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=timeout,
+        device_id=device if cuda else None,
+    )
+    model_group = dist.new_group(timeout=timeout, group_desc="tp")
+    control_group = dist.new_group(timeout=timeout, group_desc="control")
+    assert model_group is not None and control_group is not None
+    yield device, model_group, control_group
+    # Not in a `finally`: after an error the peers may be gone, and waiting for them in an
+    # orderly shutdown would only delay the message that says so.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def open_rank(
+    config: RunConfig,
+    environment: RankEnvironment,
+    device: torch.device,
+    model_group: dist.ProcessGroup,
+    control_group: dist.ProcessGroup,
+    observer: Observer,
+) -> Iterator[Rank]:
+    """Load this rank's part of the model, make its KV cache, open the channel."""
+    model = load_model(config.model, group=model_group, device=device, dtype=config.dtype)
+    kv_cache = _make_kv_cache(config, environment, model, device)
+    channel = open_channel(
+        control_group,
+        src=0,
+        transport=config.channel,
+        device=device,
+        probe=observer.probe,
+        timeout_s=config.timeout_s,
+    )
+    executor = StepExecutor(model, kv_cache, observer)
+    yield Rank(environment, channel, executor, kv_cache, observer)
+    channel.close()
+
+
+def _make_kv_cache(
+    config: RunConfig, environment: RankEnvironment, model: ModelRunner, device: torch.device
+) -> KVCache:
+    context = ModelConfig.from_dir(config.model).max_position_embeddings
+    num_blocks, num_host_blocks = block_counts(
+        config,
+        bytes_per_block=KVCache.bytes_per_block(model.cache_spec, config.block_size),
+        max_model_len=config.context_limit(context),
+        device=device,
+        local_world_size=environment.local_world_size,
+    )
+    return KVCache(
+        model.cache_spec,
+        num_blocks=num_blocks,
+        num_host_blocks=num_host_blocks,
+        block_size=config.block_size,
+        device=device,
+    )
+
+
+def _choose_device(config: RunConfig, environment: RankEnvironment) -> torch.device:
+    if config.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

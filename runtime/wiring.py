@@ -1,0 +1,89 @@
+"""Wires telemetry into a run: the only module of the runtime that imports it.
+
+Owns which settings of a run become telemetry settings, and the shared-memory directory that the
+ranks of a node agree on. Everything else sees the `Observer` protocol.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from onecast.telemetry import (
+    Session,
+    TelemetrySettings,
+    make_run_dir,
+    remove_run_dir,
+    start_session,
+)
+
+from .config import RankEnvironment, RunConfig
+from .observer import NullObserver, Observer
+
+_SIDECAR_END_S = 15.0  # a slow OTLP endpoint is given up before
+
+make_run_directory = make_run_dir
+
+
+def remove_run_directory(path: str) -> None:
+    """Wait until the sidecar has written everything and removed `path`; else remove it."""
+    deadline = time.monotonic() + _SIDECAR_END_S
+    directory = Path(path)
+    # An empty directory was never used: the run ended before telemetry began.
+    while directory.exists() and any(directory.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    remove_run_dir(path)
+
+
+class RunTelemetry:
+    """Records every collective inside its `with`; the first local rank starts the node's sidecar.
+
+    Enter on every rank of the default group. ValueError: the metrics port is in use.
+    `metrics_url` and `report` are None where there is nothing to ask: on other ranks than the
+    first of a node, and without telemetry. `report` is there after the exit.
+    """
+
+    def __init__(self, config: RunConfig, environment: RankEnvironment) -> None:
+        self._config = config
+        self._environment = environment
+        self._session: Session | None = None
+        self.metrics_url: str | None = None
+        self.report: dict[str, Any] | None = None
+
+    def __enter__(self) -> Observer:
+        config, environment = self._config, self._environment
+        if config.no_telemetry:
+            return NullObserver()
+        if config.trace is not None:
+            config.trace.parent.mkdir(parents=True, exist_ok=True)
+        self._session = start_session(
+            rank=environment.rank,
+            local_rank=environment.local_rank,
+            world_size=environment.world_size,
+            local_world_size=environment.local_world_size,
+            engine_id=environment.run_id,
+            run_dir=_agree_on_run_dir(environment),
+            settings=TelemetrySettings.from_env(
+                metrics_host=config.metrics_host,
+                metrics_port=config.metrics_port,
+                trace_file=None if config.trace is None else str(config.trace),
+            ),
+        )
+        self.metrics_url = self._session.metrics_url
+        return self._session
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._session is not None:
+            # After an error other ranks may never leave: do not make them wait for us.
+            self.report = self._session.close(wait=kind is None)
+
+
+def _agree_on_run_dir(environment: RankEnvironment) -> str:
+    if environment.run_dir is not None:
+        return environment.run_dir
+    mine = make_run_dir() if environment.local_rank == 0 else None
+    found: list[tuple[int, str | None]] = [(0, None)] * environment.world_size
+    dist.all_gather_object(found, (environment.node, mine))
+    (path,) = (path for node, path in found if node == environment.node and path is not None)
+    return path

@@ -1,0 +1,87 @@
+"""One rank of a run: the process that torchrun starts.
+
+Owns its beginning and its end: arguments, the roles of driver and follower, exit status. What
+ranks are made of is in `rank.py`, what they do in `generate.py` (rank 0) and `executor.py` (all).
+
+    torchrun --nproc-per-node 2 -m onecast.runtime.worker --model DIR --input FILE --output FILE
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import traceback
+
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from .config import RankEnvironment, RunConfig, add_run_options, rank_environment, run_config
+from .generate import generate
+from .rank import open_rank, process_groups
+from .summary import RunFigures, print_summary
+from .wiring import RunTelemetry
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run this rank until the work is done; the exit status is 0 only then."""
+    parser = argparse.ArgumentParser(
+        prog="python -m onecast.runtime.worker",
+        description="One tensor-parallel rank of `onecast generate`, to be started by torchrun.",
+    )
+    add_run_options(parser)
+    options = parser.parse_args(argv)
+    errors = get_error_handler()  # tells the elastic agent why, for its one message
+    errors.initialize()
+    launched_by_onecast = False
+    try:
+        environment = rank_environment()
+        launched_by_onecast = environment.launched_by_onecast
+        run(run_config(options), environment)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        errors.record_exception(error)
+        if not launched_by_onecast:  # else the launcher says it, once for all ranks
+            if not isinstance(error, ValueError | OSError):
+                traceback.print_exc()
+            print(f"onecast: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(config: RunConfig, environment: RankEnvironment) -> None:
+    """Set this rank up, drive (rank 0) or follow, take everything down, say what was measured."""
+    if environment.launched_by_onecast:
+        _die_with_parent()
+    if config.tp not in (1, environment.world_size):
+        raise ValueError(f"--tp: {config.tp}, but torchrun started {environment.world_size} ranks")
+    figures: RunFigures | None = None
+    with process_groups(config, environment) as (device, model_group, control_group):
+        telemetry = RunTelemetry(config, environment)
+        with (
+            telemetry as observer,
+            open_rank(config, environment, device, model_group, control_group, observer) as rank,
+        ):
+            if environment.rank == 0:
+                figures = generate(config, rank)
+            else:
+                rank.executor.follow(rank.channel)
+    if figures is not None:
+        figures.metrics_url = telemetry.metrics_url
+        figures.report = telemetry.report
+        print_summary(figures, Console())
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when the launcher dies, even by SIGKILL."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the kernel knew
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

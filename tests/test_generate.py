@@ -1,0 +1,225 @@
+"""`onecast generate` on the shipped checkpoint: answers, errors in their place, nothing left over."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_runs import (
+    DEMO,
+    completion,
+    generate_args,
+    onecast_processes,
+    read_results,
+    run,
+    stray_segments,
+    wait_for,
+    write_batch,
+)
+from tiny_checkpoints import edit_config, make_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    segments, processes = stray_segments(), onecast_processes()
+    yield
+    wait_for(lambda: onecast_processes() <= processes, "the run's processes to end", 20)
+    assert stray_segments() <= segments
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+def test_a_batch_is_answered_line_by_line_with_errors_in_their_place(tmp_path: Path) -> None:
+    lines = [
+        completion("greedy"),
+        completion("greedy", "a second line of that name"),
+        completion("many", n=3, seed=4, temperature=0.8, max_tokens=12),
+        completion("prompts", ["In the beginning", "And God said"]),
+        {
+            "custom_id": "chat",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "messages": [{"role": "user", "content": "Speak of David."}],
+                "max_completion_tokens": 10,
+                "logprobs": True,
+                "top_logprobs": 2,
+            },
+        },
+        '{"custom_id": "torn", "method"',
+        completion("negative", max_tokens=-3),
+        completion("unknown", colour="red"),
+        completion("too long", "begat " * 5000),
+        completion("beyond the cache", "begat " * 60, max_tokens=200),
+        completion("last"),
+    ]
+    batch, output = write_batch(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    status, out, err = run(*generate_args(batch, output, "--num-blocks=12", "--show=2"))
+    assert status == 0, err
+    results = read_results(output)
+    assert len(results) == len(lines)
+    good = {
+        r["custom_id"]: r["response"]["body"]
+        for r in results
+        if r["response"] and r["response"]["status_code"] == 200
+    }
+    assert sorted(good) == ["chat", "greedy", "last", "many", "prompts"]
+    assert good["greedy"]["choices"][0]["text"] == good["last"]["choices"][0]["text"]
+    assert len({choice["text"] for choice in good["many"]["choices"]}) > 1
+    assert [choice["index"] for choice in good["prompts"]["choices"]] == [0, 1]
+    assert good["chat"]["choices"][0]["message"]["role"] == "assistant"
+    entries = good["chat"]["choices"][0]["logprobs"]["content"]
+    assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
+    refused = {
+        r["custom_id"]: r["response"]["body"]["error"]["message"]
+        for r in results
+        if r["response"] and r["response"]["status_code"] == 400
+    }
+    assert "-3 is below 1" in refused["negative"]
+    assert "colour" in refused["unknown"]
+    assert "512" in refused["too long"]
+    assert "12" in refused["beyond the cache"]
+    broken = [r["error"]["message"] for r in results if r["error"]]
+    assert any("line 2" in message and "greedy" in message for message in broken)
+    assert any("line 6" in message for message in broken)
+    assert len(broken) == 2
+    for word in ("tokens/s", "control broadcasts per step", "all_reduce", "swapped out"):
+        assert word in out
+
+
+def test_the_same_batch_gives_the_same_bytes_of_text_again(tmp_path: Path) -> None:
+    lines = [completion(f"r{i}", temperature=1.0, max_tokens=20) for i in range(6)]
+    batch = write_batch(tmp_path / "in.jsonl", lines)
+    texts = []
+    for name, tp in (("one", 2), ("two", 1)):
+        output = tmp_path / name
+        status, _, err = run(*generate_args(batch, output, "--no-telemetry", tp=tp))
+        assert status == 0, err
+        texts.append(
+            {
+                r["custom_id"]: r["response"]["body"]["choices"][0]["text"]
+                for r in read_results(output)
+            }
+        )
+    assert texts[0] == texts[1]
+    assert len(set(texts[0].values())) == 6  # each request its own draws, though prompts are equal
+
+
+def test_plain_torchrun_runs_the_same_worker(tmp_path: Path) -> None:
+    batch, output = write_batch(tmp_path / "in.jsonl", [completion("a")]), tmp_path / "out.jsonl"
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += ["-m", "onecast.runtime.worker", f"--model={DEMO}", f"--input={batch}"]
+    result = subprocess.run(
+        [*command, f"--output={output}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert [r["custom_id"] for r in read_results(output)] == ["a"]
+    assert "control broadcasts per step" in result.stdout
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Path:
+    return write_batch(tmp_path / "in.jsonl", [completion("a")])
+
+
+def refusal(batch: Path, *more: object, tp: int = 2) -> str:
+    """The one line a run that cannot start ends with."""
+    output = batch.with_name("out.jsonl")
+    status, out, err = run(*generate_args(batch, output, *more, tp=tp))
+    assert status != 0
+    assert "Traceback" not in out + err
+    (line,) = err.strip().splitlines()
+    return line
+
+
+def test_a_missing_checkpoint_is_named(batch: Path) -> None:
+    assert "/nowhere" in refusal(batch, "--model=/nowhere")
+
+
+def test_a_truncated_checkpoint_is_named_with_its_sizes(batch: Path, tiny: Path) -> None:
+    copy = batch.with_name("short")
+    copy.mkdir()
+    for file in tiny.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    weights = copy / "model.safetensors"
+    size = weights.stat().st_size
+    os.truncate(weights, size - 1000)
+    message = refusal(batch, f"--model={copy}")
+    assert "model.safetensors" in message
+    assert str(size - 1000) in message.replace(",", "")
+
+
+def test_an_unsupported_architecture_is_named_with_what_is_supported(
+    batch: Path, tiny: Path
+) -> None:
+    copy = batch.with_name("other")
+    copy.mkdir()
+    for file in tiny.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    edit_config(copy, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    message = refusal(batch, f"--model={copy}")
+    assert "GPT2LMHeadModel" in message
+    assert "LlamaForCausalLM" in message
+
+
+def test_heads_that_ranks_do_not_divide_are_named(batch: Path, tiny: Path) -> None:
+    message = refusal(batch, f"--model={tiny}", tp=3)
+    assert "3" in message and "4" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--num-blocks=-1", ("--num-blocks", "-1", "1")),
+        ("--block-size=0", ("--block-size", "0", "1")),
+        ("--timeout-s=nan", ("--timeout-s", "nan")),
+        ("--metrics-port=70000", ("70000", "65535")),
+        ("--max-model-len=100000", ("100000", "512")),
+        ("--num-blocks=100000000", ("bytes",)),
+    ],
+)
+def test_sizes_out_of_range_are_named_with_their_limit(
+    batch: Path, option: str, words: tuple[str, ...]
+) -> None:
+    message = refusal(batch, option)
+    for word in words:
+        assert word in message
+
+
+def test_a_metrics_port_in_use_is_named(batch: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert str(port) in refusal(batch, f"--metrics-port={port}")
+
+
+def test_more_ranks_than_gpus_are_refused(batch: Path) -> None:
+    import torch
+
+    message = refusal(batch, "--device=cuda", tp=torch.cuda.device_count() + 2)
+    assert "GPU" in message
+
+
+def test_results_that_are_there_are_not_overwritten_unasked(batch: Path) -> None:
+    output = batch.with_name("out.jsonl")
+    assert run(*generate_args(batch, output, tp=1))[0] == 0
+    before = output.read_bytes()
+    assert "--resume" in refusal(batch)
+    assert output.read_bytes() == before
+    status, _, err = run(*generate_args(batch, output, "--resume", tp=1))
+    assert status == 0, err
+    assert output.read_bytes() == before  # nothing was left to do
+    assert json.loads(before)["custom_id"] == "a"
