@@ -188,8 +188,8 @@ def _existing_results(fd: int, path: Path, resume: bool, overwrite: bool) -> dic
                     "starts anew"
                 )
             if not line.endswith(b"\n"):
-                # Half a line was ours if it begins like ours; a power cut may leave zeros.
-                if not line.startswith(_RESULT_START[: len(line)]) and line.strip(b"\0"):
+                torn = line.rstrip(b"\0")  # which a power cut may leave
+                if not torn.startswith(_RESULT_START[: len(torn)]):
                     raise _not_a_result(path, number)
                 break
             try:

@@ -147,8 +147,12 @@ class BodyFields:
 
 def show(value: Any) -> str:
     """A value as the user wrote it, in JSON, cut where it is long."""
-    plain = isinstance(value, float) and not math.isfinite(value)  # JSON has no name for them
-    text = repr(value) if plain else msgspec.json.encode(value).decode()
+    try:
+        text = msgspec.json.encode(value).decode()
+    except RecursionError:  # it was read with more of the stack left
+        return "a deeply nested value"
+    if isinstance(value, float) and not math.isfinite(value):
+        text = repr(value)  # JSON has no name for it
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

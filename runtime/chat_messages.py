@@ -50,7 +50,7 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise _wrong_type(where, value, "neither text nor a list of text parts")
+        raise _wrong_type(where, value, "neither a text nor a list of text parts")
     return "\n".join(_text_part(part, f"{where}[{place}]") for place, part in enumerate(value))
 
 
