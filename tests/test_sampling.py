@@ -35,8 +35,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 
 
 def frequencies(logits: list[float], draws: int, **params: Any) -> np.ndarray[Any, Any]:
-    """How often each token is drawn, over `draws` positions of one sequence."""
-    sequences = [sequence(generated, **params) for generated in range(draws)]
+    """How often each token is drawn, over 100 positions of each of many seeds."""
+    seed = params.pop("seed", 0)
+    sequences = [sequence(i % 100, seed=seed + i // 100, **params) for i in range(draws)]
     tokens = sample(torch.tensor([logits]).expand(draws, -1).contiguous(), sequences)
     return np.bincount(tokens, minlength=len(logits))
 
@@ -68,10 +69,13 @@ def test_draws_follow_the_softmax_of_the_scaled_logits(temperature: float) -> No
     assert_follows(counts, softmax(LOGITS, temperature))
 
 
-def test_draws_of_many_seeds_at_one_position_follow_the_softmax_too() -> None:
-    sequences = [sequence(seed=seed) for seed in range(20_000)]
-    tokens = sample(torch.tensor([LOGITS]).expand(20_000, -1).contiguous(), sequences)
-    assert_follows(np.bincount(tokens, minlength=8), softmax(LOGITS))
+def test_many_seeds_at_one_position_and_one_seed_at_many_follow_the_softmax_too() -> None:
+    logits = torch.tensor([LOGITS]).expand(4_000, -1).contiguous()
+    for sequences in (
+        [sequence(seed=seed) for seed in range(4_000)],
+        [sequence(generated, seed=1) for generated in range(4_000)],
+    ):
+        assert_follows(np.bincount(sample(logits, sequences), minlength=8), softmax(LOGITS))
 
 
 def test_top_k_draws_from_the_k_most_likely() -> None:
