@@ -81,7 +81,6 @@ _INPUTS = ("input_tensors", "input_tensor", "input", "inputTensor", "inputs", "i
 _OUTPUTS = (
     "tensors", "tensor", "output_tensors", "output_tensor", "output", "outputTensor", "outputs",
 )  # fmt: skip
-_POINT_TO_POINT = frozenset({"send", "recv"})
 
 
 class _Group:
@@ -96,8 +95,6 @@ class _Group:
             label, unique = f"{handle.name()} backend", f"backend {id(handle):x}"
         self.size: int = handle.size()
         self.entry = recorder.intern(f"{label}\t{unique}")
-        # Only Gloo's sequence number counts point-to-point operations.
-        self.counts_point_to_point = handle.name().lower().startswith("gloo")
         self.handle = weakref.ref(handle)
         self.base = handle._get_sequence_number_for_group()
         self.operations: dict[str, _Operation] = {}
@@ -105,16 +102,21 @@ class _Group:
 
 
 class _Operation:
-    """One operation of one group: its meta word, its sequence numbers, its payload factor."""
+    """One operation of one group: its meta word, its sequence numbers, its payload factor.
 
-    __slots__ = ("factor", "group", "last", "meta", "next_sequence")
+    `numbers` is by how much one call moves the group's own sequence number, seen at the first:
+    1 as a rule, but 2 for Gloo's reduce_scatter of two ranks and 0 for NCCL's point-to-point.
+    """
 
-    def __init__(self, group: _Group, meta: int, factor: int) -> None:
-        self.group = group
+    __slots__ = ("factor", "last", "meta", "next_sequence", "numbers", "refused")
+
+    def __init__(self, meta: int, factor: int) -> None:
         self.meta = meta
         self.factor = factor
         self.next_sequence = itertools.count(1).__next__
         self.last = 0
+        self.numbers: int | None = None
+        self.refused = 0  # calls that raised before anything was issued
 
 
 class _Watch(weakref.ref[Any]):
@@ -202,8 +204,8 @@ class CollectiveInstrumentor:
     def sample_coverage(self) -> None:
         """Compare each group's sequence number with what was recorded, and publish the difference.
 
-        Exact for Gloo. Backends whose sequence number counts a batch of operations once can
-        hide unrecorded ones behind recorded ones; a difference shown is real everywhere.
+        Exact for Gloo. Backends that number a batch of operations once can hide unrecorded ones
+        behind recorded ones.
         """
         recorder = self._recorder
         if recorder is None:
@@ -214,10 +216,9 @@ class CollectiveInstrumentor:
                 continue
             issued = handle._get_sequence_number_for_group() - group.base
             recorded = sum(
-                operation.last
-                for name, operation in list(group.operations.items())
-                if name != "monitored_barrier"
-                and (group.counts_point_to_point or name not in _POINT_TO_POINT)
+                (operation.last - operation.refused) * operation.numbers
+                for operation in list(group.operations.values())
+                if operation.numbers is not None
             )
             if issued - recorded > group.unrecorded:  # a total: it never goes back
                 group.unrecorded = issued - recorded
@@ -245,7 +246,7 @@ class CollectiveInstrumentor:
                 meta = pack_meta(
                     COLLECTIVE, recorder.intern(name), group.entry, group_size=group.size
                 )
-                operation = _Operation(group, meta, group.size if per_rank else 1)
+                operation = _Operation(meta, group.size if per_rank else 1)
                 group.operations[name] = operation
             return operation
 
@@ -292,7 +293,11 @@ class CollectiveInstrumentor:
             if not live[0] or (direct and _recorded_above(code, live)):
                 return original(handle, *args, **kwargs)
             found = known.get(id(handle))
-            operation = found[0] if found is not None else operation_of(handle)
+            if found is not None:
+                operation = found[0]
+            else:
+                operation = operation_of(handle)
+                issued = handle._get_sequence_number_for_group()
             nbytes = dtype = 0
             if payload >= 0:
                 if len(args) > payload:
@@ -312,7 +317,12 @@ class CollectiveInstrumentor:
                 work = original(handle, *args, **kwargs)
             except BaseException as error:
                 fail(ticket, error)
+                operation.refused += 1
+                if operation.numbers is None:
+                    known.pop(id(handle), None)  # the next call is the first again
                 raise
+            if found is None and operation.numbers is None:
+                operation.numbers = handle._get_sequence_number_for_group() - issued
             if work is None:
                 end(ticket)
             else:

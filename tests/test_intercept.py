@@ -1,0 +1,310 @@
+"""Interception: every collective is recorded once, and nothing of torch stays changed."""
+
+import collections
+import time
+from typing import Any
+
+import pytest
+
+from onecast.comm.testing import run_ranks
+from onecast.telemetry import CollectiveInstrumentor, RingReader, RingWriter, make_run_dir
+from onecast.telemetry import ring as layout
+from onecast.telemetry.aggregate import bus_factor, group_label
+from onecast.telemetry.run_directory import remove_run_dir, ring_path
+
+Seen = dict[tuple[str, str], list[tuple[int, int, str, int]]]
+
+
+class Recording:
+    """Instruments this process and reads its own ring back."""
+
+    def __init__(self, rank: int) -> None:
+        self.run_dir = make_run_dir()
+        self.ring = RingWriter(ring_path(self.run_dir, rank), capacity=4096, rank=rank)
+        self.reader = RingReader(self.ring.path)
+        self.instrumentor = CollectiveInstrumentor()
+        self.instrumentor.instrument(self.ring)
+
+    def rows(self) -> list[list[int]]:
+        found: list[list[int]] = self.reader.drain().rows.tolist()
+        return found
+
+    def seen(self) -> Seen:
+        """By (op, group label): (sequence, bytes, dtype, status) of each."""
+        names = self.reader.names
+        found: Seen = collections.defaultdict(list)
+        for row in self.rows():
+            meta = row[layout.META]
+            key = (
+                names[layout.meta_name(meta)],
+                group_label(names[layout.meta_group(meta)]),
+            )
+            found[key].append(
+                (
+                    row[layout.SEQUENCE],
+                    row[layout.NBYTES],
+                    names[layout.meta_dtype(meta)],
+                    row[layout.AUX],
+                )
+            )
+        return dict(found)
+
+    def unrecorded(self) -> int:
+        self.instrumentor.sample_coverage()
+        return sum(self.reader.coverage)
+
+    def close(self) -> None:
+        self.instrumentor.uninstrument()
+        remove_run_dir(self.run_dir)
+
+
+def _dictionaries() -> list[dict[str, Any]]:
+    from torch._C._distributed_c10d import Backend, Work
+    from torch.distributed import ProcessGroup
+
+    return [dict(owner.__dict__) for owner in (ProcessGroup, Backend, Work)]
+
+
+def test_instrument_and_uninstrument_leave_torch_as_it_was() -> None:
+    before = _dictionaries()
+    recording = Recording(0)
+    changed = _dictionaries()
+    assert changed[0]["allreduce"] is not before[0]["allreduce"]
+    assert changed[2]["wait"] is not before[2]["wait"]
+    assert changed[0]["allreduce"].__name__ == "allreduce"
+    recording.close()
+    after = _dictionaries()
+    for old, new in zip(before, after, strict=True):
+        assert list(old) == list(new)
+        assert all(old[name] is new[name] for name in old)
+    with pytest.raises(ValueError, match="already active"):
+        _instrument_twice()
+
+
+def _instrument_twice() -> None:
+    recording = Recording(0)
+    try:
+        recording.instrumentor.instrument(recording.ring)
+    finally:
+        recording.close()
+
+
+def test_two_instrumentors_may_end_in_either_order() -> None:
+    before = _dictionaries()
+    first, second = Recording(0), Recording(1)
+    first.close()  # beneath the second one
+    second.close()
+    first.instrumentor.uninstrument()
+    again = Recording(2)
+    again.close()
+    inner, outer = Recording(0), Recording(1)
+    outer.close()
+    inner.close()
+    after = _dictionaries()
+    assert [list(part) for part in before] == [list(part) for part in after]
+
+
+def _all_collectives(rank: int) -> Seen:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    recording = Recording(rank)
+    x = torch.ones(4)  # 16 bytes
+    pair = torch.ones(8)
+    dist.all_reduce(x)
+    dist.all_reduce(x, async_op=True).wait()
+    dist.broadcast(x, 0)
+    dist.all_gather([torch.empty(4), torch.empty(4)], x)
+    dist.all_gather_into_tensor(torch.empty(8), x)
+    dist.reduce_scatter(torch.empty(4), [x.clone(), x.clone()])
+    dist.reduce_scatter_tensor(torch.empty(4), pair)
+    dist.all_to_all_single(torch.empty(8), pair)
+    dist.all_to_all([torch.empty(4), torch.empty(4)], [x, x])
+    dist.gather(x, [torch.empty(4), torch.empty(4)] if rank == 0 else None, 0)
+    dist.scatter(torch.empty(4), [x.clone(), x.clone()] if rank == 0 else None, 0)
+    dist.reduce(x, 0)
+    dist.barrier()
+    dist.monitored_barrier()
+    if rank == 0:
+        dist.send(x.to(torch.int32), 1)
+        dist.isend(pair, 1).wait()
+        dist.recv(x, 1)
+    else:
+        dist.recv(torch.empty(4, dtype=torch.int32), 0)
+        dist.irecv(torch.empty(8), 0).wait()
+        dist.send(x, 0)
+    for work in dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, x, 1 - rank), dist.P2POp(dist.irecv, torch.empty(4), 1 - rank)]
+    ):
+        work.wait()
+    with distributed_c10d._coalescing_manager():
+        dist.all_reduce(x)
+        dist.all_reduce(pair)
+    seen = recording.seen()
+    assert recording.unrecorded() == 0
+    recording.close()
+    return seen
+
+
+def test_every_collective_is_recorded_exactly_once() -> None:
+    results = run_ranks(_all_collectives, 2)
+    for rank, seen in enumerate(results):
+        assert {group for _, group in seen} == {"default_pg"}
+        f = "float32"
+        expected = {
+            "all_reduce": [(1, 16, f, 0), (2, 16, f, 0)],
+            "broadcast": [(1, 16, f, 0)],
+            "all_gather": [(1, 32, f, 0)],
+            "all_gather_into_tensor": [(1, 32, f, 0)],
+            "reduce_scatter": [(1, 32, f, 0)],
+            "reduce_scatter_tensor": [(1, 32, f, 0)],
+            "all_to_all_single": [(1, 32, f, 0)],
+            "all_to_all": [(1, 32, f, 0)],
+            "gather": [(1, 32, f, 0)],
+            "scatter": [(1, 32, f, 0)],
+            "reduce": [(1, 16, f, 0)],
+            "barrier": [(1, 0, "", 0)],
+            "monitored_barrier": [(1, 0, "", 0)],
+            "send": [(1, 16, "int32", 0), (2, 32, f, 0), (3, 16, f, 0)],
+            "recv": [(1, 16, f, 0), (2, 16, f, 0)],
+            "all_reduce_coalesced": [(1, 48, f, 0)],
+        }
+        if rank == 1:
+            expected["send"] = [(1, 16, f, 0), (2, 16, f, 0)]
+            expected["recv"] = [(1, 16, "int32", 0), (2, 32, f, 0), (3, 16, f, 0)]
+        assert {op: found for (op, _), found in seen.items()} == expected
+
+
+def _groups_and_objects(rank: int) -> tuple[Seen, int]:
+    import torch
+    import torch.distributed as dist
+
+    recording = Recording(rank)
+    named = dist.new_group([0, 1], group_desc="tp")
+    plain = dist.new_group([0, 1])
+    alone = dist.new_group([0])
+    recording.rows()  # making a group may issue collectives of its own
+    x = torch.ones(4)
+    dist.all_reduce(x, group=named)
+    dist.all_reduce(x, group=plain)
+    dist.all_reduce(x, group=plain)
+    if rank == 0:
+        dist.all_reduce(x, group=alone)
+    objects: list[Any] = [None, None]
+    dist.all_gather_object(objects, {"rank": rank}, group=named)
+    assert objects == [{"rank": 0}, {"rank": 1}]
+    dist.broadcast_object_list(["text"], 0, group=named)
+    # Straight on the group, and straight on its backend
+    named.allreduce([x]).wait()
+    named.allreduce(x).wait()
+    named.allreduce(tensors=[x]).wait()
+    named._get_backend(torch.device("cpu")).allreduce([x]).wait()
+    named.barrier().wait()
+    seen = recording.seen()
+    unrecorded = recording.unrecorded()
+    recording.close()
+    return seen, unrecorded
+
+
+def test_groups_objects_and_direct_calls_are_told_apart_and_counted_once() -> None:
+    for rank, (seen, unrecorded) in enumerate(run_ranks(_groups_and_objects, 2)):
+        counts = {key: len(found) for key, found in seen.items()}
+        labels = sorted({group for _, group in seen} - {"tp"})
+        assert counts.pop(("all_reduce", labels[0])) == 2
+        if rank == 0:
+            assert counts.pop(("all_reduce", labels[1])) == 1
+        assert counts == {
+            ("all_reduce", "tp"): 5,
+            ("all_gather", "tp"): 2,  # the sizes, then the bytes
+            ("broadcast", "tp"): 2,
+            ("barrier", "tp"): 1,
+        }
+        assert unrecorded == 0
+
+
+def _errors(rank: int) -> Seen:
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    recording = Recording(rank)
+    with pytest.raises(NotImplementedError):
+        dist.group.WORLD.allreduce([])  # type: ignore[union-attr]
+    with pytest.raises(TypeError):
+        dist.group.WORLD.allreduce("no tensor")  # type: ignore[union-attr, arg-type]
+    dist.barrier()
+    if rank == 0:  # nobody else calls it
+        group = dist.group.WORLD
+        assert group is not None
+        with pytest.raises(RuntimeError):
+            group.recv([torch.ones(2)], 1, 5).wait(datetime.timedelta(seconds=0.3))
+    seen = recording.seen()
+    recording.close()
+    return {
+        key: [
+            (seq, nbytes, dtype, status and status & 0xFF) for seq, nbytes, dtype, status in found
+        ]
+        for key, found in seen.items()
+    }
+
+
+def test_an_exception_marks_the_record_and_reaches_the_caller() -> None:
+    first, second = run_ranks(_errors, 2)
+    failed = [(1, 0, "", layout.ERROR), (2, 0, "", layout.ERROR)]
+    assert first["all_reduce", "default_pg"] == second["all_reduce", "default_pg"] == failed
+    assert first["recv", "default_pg"] == [(1, 8, "float32", layout.ERROR)]
+
+
+def _asynchronous(rank: int) -> list[tuple[float, int]]:
+    import torch
+    import torch.distributed as dist
+
+    recording = Recording(rank)
+    work = dist.all_reduce(torch.ones(4), async_op=True)
+    assert recording.rows() == []
+    time.sleep(0.2)
+    assert recording.rows() == [], "it has not ended until somebody has waited"
+    work.wait()
+    work.wait()  # a second wait changes nothing
+    dropped = dist.all_reduce(torch.ones(4), async_op=True)
+    dropped.get_future().wait()
+    del dropped
+    rows = recording.rows()
+    recording.close()
+    return [((row[layout.END] - row[layout.BEGIN]) * 1e-9, row[layout.AUX]) for row in rows]
+
+
+def test_an_operation_ends_when_it_has_been_waited_for_or_dropped() -> None:
+    for waited, dropped in run_ranks(_asynchronous, 2):
+        assert 0.2 <= waited[0] < 5 and waited[1] == layout.OK
+        assert dropped[1] == layout.UNWAITED
+
+
+def _functional(rank: int) -> tuple[Seen, int]:
+    import torch
+    import torch.distributed as dist
+    import torch.distributed._functional_collectives as functional
+
+    recording = Recording(rank)
+    dist.all_reduce(torch.ones(4))
+    for _ in range(3):
+        functional.all_reduce(torch.ones(4), "sum", dist.group.WORLD).numpy()
+    result = recording.seen(), recording.unrecorded()
+    recording.close()
+    return result
+
+
+def test_what_cannot_be_seen_is_counted() -> None:
+    for seen, unrecorded in run_ranks(_functional, 2):
+        recorded = sum(map(len, seen.values()))
+        assert recorded + unrecorded == 4
+
+
+def test_bus_bytes_follow_nccl_tests() -> None:
+    assert bus_factor("all_reduce", 4) == 1.5
+    assert bus_factor("all_gather_into_tensor", 4) == bus_factor("reduce_scatter", 4) == 0.75
+    assert bus_factor("all_to_all_single", 2) == 0.5
+    assert bus_factor("broadcast", 4) == bus_factor("send", 4) == 1.0
+    assert bus_factor("barrier", 4) == bus_factor("all_reduce", 1) == 0.0
