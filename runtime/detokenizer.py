@@ -1,9 +1,8 @@
 """The text of a sequence while it grows, and where a stop string ends it.
 
 Owns the incremental decoding of one sequence and the search for stop strings across token
-borders. A token costs the same however long the text before it is (but a run of byte tokens costs
-its length each time), and next to nothing where there are no stop strings. Knows nothing of
-requests, and nothing of tokens that end a sequence.
+borders. A token costs the same however long the text before it is, and next to nothing where there
+are no stop strings. Knows nothing of requests, and nothing of tokens that end a sequence.
 """
 
 import codecs
@@ -107,20 +106,23 @@ class _WindowDecoder:
         self._tokenizer = tokenizer
         self._window: list[int] = []  # tokens of the latest settled text ...
         self._window_text = ""
-        self._held: list[int] = []  # ... and those behind them, without the run
+        self._held: list[int] = []  # ... and those behind them, up to the run
         self._run: list[int] = []  # byte tokens
-        self._run_bytes = bytearray()
+        self._run_text = ""  # of its complete characters
+        self._partial = bytearray()  # of the next one
+        self._run_broken = False
 
     def push(self, token_id: int) -> str:
         byte = self._tokenizer.fallback_byte(token_id)
         if byte is not None:
             self._run.append(token_id)
-            self._run_bytes.append(byte)
+            self._extend_run_text(byte)
             return ""
         self._held += self._run
         self._held.append(token_id)
         self._run.clear()
-        self._run_bytes.clear()
+        self._run_text, self._run_broken = "", False
+        self._partial.clear()
         text = self._behind_window(self._held)
         incomplete = self._tokenizer.splits_characters and text.endswith(_REPLACEMENT)
         if incomplete or not text:
@@ -131,13 +133,24 @@ class _WindowDecoder:
         return text
 
     def unsettled(self) -> str:
+        return self._run_text
+
+    def _extend_run_text(self, byte: int) -> None:
+        if self._run_broken:
+            return
+        self._partial.append(byte)
         try:
-            _, complete = codecs.utf_8_decode(self._run_bytes, "strict", False)
+            text, complete = codecs.utf_8_decode(self._partial, "strict", False)
         except UnicodeDecodeError:
-            complete = 0
-        return self._behind_window(self._held + self._run[:complete]) if complete else ""
+            self._run_text, self._run_broken = "", True  # no character of it will show
+            return
+        if not complete:
+            return
+        self._partial.clear()
+        if self._window or self._run_text:
+            self._run_text += text
+        else:  # at the beginning of a text decoders may drop a space
+            self._run_text = self._behind_window(self._held + self._run)
 
     def _behind_window(self, token_ids: list[int]) -> str:
-        if not token_ids:
-            return ""
         return self._tokenizer.decode(self._window + token_ids)[len(self._window_text) :]
