@@ -51,7 +51,7 @@ class AttentionStep:
         sliding_window: int | None = None,
     ) -> None:
         """`inputs`: see `ModelRunner.forward`."""
-        self._layers = kv_cache.layers
+        self._kv_cache = kv_cache
         block_size, device = kv_cache.block_size, kv_cache.device
         self._dtype, self._window = kv_cache.spec.dtype, sliding_window
         slots = inputs["slot_mapping"].to(device)
@@ -75,29 +75,59 @@ class AttentionStep:
         `query` [T, heads, head_dim]; `key`, `value` [T, kv heads, head_dim]; any strides but that
         of the last dimension. Returns [T, heads * head_dim].
         """
-        keys, values = self._layers[layer]
+        keys, values = self._kv_cache.layers[layer]
         keys.index_put_(self._slots, key)
         values.index_put_(self._slots, value)
         num_tokens, num_kv_heads, head_dim = key.shape
         # [T, kv heads, heads of each, head_dim]
         grouped = query.view(num_tokens, num_kv_heads, -1, head_dim)
         if len(self._groups) == 1 and not self._chunks:
-            return _attend_group(self._groups[0], grouped, keys, values)
+            return self._attend_group(layer, self._groups[0], grouped)
         out = query.new_empty(num_tokens, query.shape[1] * head_dim)
         if self._groups:
-            self._attend_groups(grouped[: self._num_decodes], keys, values, out)
+            self._attend_groups(layer, grouped[: self._num_decodes], out)
         for chunk in self._chunks:
             rows = chunk.rows
-            out[rows] = _attend_chunk(chunk, grouped[rows], key[rows], value[rows], keys, values)
+            out[rows] = self._attend_chunk(layer, chunk, grouped[rows], key[rows], value[rows])
         return out
 
-    def _attend_groups(self, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    def _attend_groups(self, layer: int, query: Tensor, out: Tensor) -> None:
         if self._order is None:
-            out[: self._num_decodes] = _attend_group(self._groups[0], query, keys, values)
+            out[: self._num_decodes] = self._attend_group(layer, self._groups[0], query)
             return
         query = query.index_select(0, self._order)
-        parts = [_attend_group(group, query[group.rows], keys, values) for group in self._groups]
+        parts = [self._attend_group(layer, group, query[group.rows]) for group in self._groups]
         out[self._order] = torch.cat(parts)
+
+    def _attend_group(self, layer: int, group: _DecodeGroup, query: Tensor) -> Tensor:
+        """`query` [n, kv heads, heads of each, head_dim]: heads that share keys are its rows."""
+        n, num_kv_heads, _, head_dim = query.shape
+        keys, values = self._kv_cache.gather(layer, group.blocks)
+        out = scaled_dot_product_attention(
+            query,
+            keys.view(n, -1, num_kv_heads, head_dim).transpose(1, 2),
+            values.view(n, -1, num_kv_heads, head_dim).transpose(1, 2),
+            attn_mask=group.mask,
+        )
+        return out.reshape(n, -1)
+
+    def _attend_chunk(
+        self, layer: int, chunk: _Chunk, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        if chunk.blocks is not None:
+            keys, values = self._kv_cache.gather(layer, chunk.blocks)
+            key, value = keys.flatten(0, 1)[: chunk.length], values.flatten(0, 1)[: chunk.length]
+        # As a batch of key/value heads, each attended to by its group of heads: keys are broadcast
+        # by a stride of zero, never repeated in memory.
+        shape = (key.shape[1], query.shape[2], key.shape[0], key.shape[2])
+        out = scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.transpose(0, 1)[:, None].expand(shape),
+            value.transpose(0, 1)[:, None].expand(shape),
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+        )
+        return out.permute(2, 0, 1, 3).flatten(1)
 
     def _group_decodes(
         self, lengths: list[int], tables: Tensor, block_size: int
@@ -158,31 +188,3 @@ def group_by_length(lengths: np.ndarray[Any, Any]) -> list[int]:
         bounds.append(start)
     bounds.append(len(lengths))
     return bounds
-
-
-def _attend_group(group: _DecodeGroup, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`query` [n, kv heads, heads of each, head_dim]: the heads that share keys are its rows."""
-    n, num_kv_heads, _, head_dim = query.shape
-    shape = (n, -1, num_kv_heads, head_dim)
-    key = keys.index_select(0, group.blocks).view(shape).transpose(1, 2)
-    value = values.index_select(0, group.blocks).view(shape).transpose(1, 2)
-    return scaled_dot_product_attention(query, key, value, attn_mask=group.mask).reshape(n, -1)
-
-
-def _attend_chunk(
-    chunk: _Chunk, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
-    if chunk.blocks is not None:
-        key = keys.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.length]
-        value = values.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.length]
-    # As a batch of key/value heads, each attended to by its group of heads: keys are broadcast by a
-    # stride of zero, never repeated in memory.
-    shape = (key.shape[1], query.shape[2], key.shape[0], key.shape[2])
-    out = scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3),
-        key.transpose(0, 1)[:, None].expand(shape),
-        value.transpose(0, 1)[:, None].expand(shape),
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-    )
-    return out.permute(2, 0, 1, 3).flatten(1)

@@ -71,6 +71,7 @@ class KVCache:
             (self.device_pool[:, layer, 0], self.device_pool[:, layer, 1])
             for layer in range(spec.num_layers)
         ]
+        self._gathered = torch.empty(2, 0, *block_shape[2:], dtype=spec.dtype, device=device)
         self._device_rows = _rows(self.device_pool, self.device)
         self._host_rows = _rows(self.host_pool, self.device)
 
@@ -79,6 +80,23 @@ class KVCache:
         """Size of one block: all layers, keys and values, of this rank."""
         numbers = spec.num_layers * 2 * block_size * spec.num_kv_heads * spec.head_dim
         return numbers * spec.dtype.itemsize
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `blocks` [n] in one layer, `[n, block_size, num_kv_heads, head_dim]`.
+
+        Valid until the next call: the memory is reused. Fresh memory for megabytes in every layer
+        of every step would cost more in page faults than gathering and attention together.
+        """
+        n = blocks.shape[0]
+        if self._gathered.shape[1] < n:
+            size = (2, n + n // 4, *self._gathered.shape[2:])  # contexts grow: not every step
+            with torch.inference_mode(False):
+                self._gathered = self._gathered.new_empty(size)
+        keys, values = self.layers[layer]
+        return (
+            torch.index_select(keys, 0, blocks, out=self._gathered[0, :n]),
+            torch.index_select(values, 0, blocks, out=self._gathered[1, :n]),
+        )
 
     def apply(self, mapping: Mapping[str, Any]) -> None:
         """Carry out a step's `swap_out`, then `swap_in`, then `copy`: int64 [n, 2] each."""
