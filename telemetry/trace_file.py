@@ -72,11 +72,16 @@ class TraceFile:
         # Built twice, once per format, rather than held: the spans weigh ten times the records.
         epoch_ns = build(self._steps[0])[0].start_ns if self._steps else 0
         ranks = sorted({rank for joined in self._steps for rank in _ranks(joined)})
+        events = _Events(self._service_name, epoch_ns)
         file.write('{"traceEvents":[\n')
         _write_list(
             file,
-            _process_names(self._service_name, ranks),
-            (_event(span, epoch_ns) for joined in self._steps for span in build(joined)),
+            (
+                event
+                for joined in self._steps
+                for span in build(joined)
+                for event in events.of(span)
+            ),
         )
         file.write('],\n"displayTimeUnit":"ns",\n"data":[\n')
         processes = self._processes(ranks)
@@ -113,45 +118,76 @@ def _ranks(joined: JoinedStep) -> set[int]:
     return joined.rows.keys() | joined.unfinished.keys()
 
 
-def _write_list(file: TextIO, *parts: Iterable[Any]) -> None:
+def _write_list(file: TextIO, items: Iterable[Any]) -> None:
     separator = ""
-    for part in parts:
-        for item in part:
-            file.write(separator)
-            file.write(json.dumps(item, separators=(",", ":")))
-            separator = ",\n"
+    for item in items:
+        file.write(separator)
+        file.write(json.dumps(item, separators=(",", ":")))
+        separator = ",\n"
 
 
-def _process_names(service_name: str, ranks: Iterable[int]) -> Iterator[dict[str, Any]]:
-    for pid, name in [(_ENGINE_PID, "engine"), *((rank + 1, f"rank {rank}") for rank in ranks)]:
+class _Events:
+    """Chrome trace events of spans, in order.
+
+    On one thread of that format, events must nest. Phases and waited-for collectives do, on the
+    thread of their rank; operations that overlap each other get threads of their own, and engine
+    steps, which overlap where a rank runs ahead, are asynchronous events.
+    """
+
+    def __init__(self, service_name: str, epoch_ns: int) -> None:
+        self._service_name = service_name
+        self._epoch_ns = epoch_ns
+        self._lanes: dict[int, list[int]] = {}  # by pid: when the last collective of each ended
+
+    def of(self, span: Span) -> Iterator[dict[str, Any]]:
+        pid = _ENGINE_PID if span.rank is None else span.rank + 1
+        if pid not in self._lanes:
+            self._lanes[pid] = [0]
+            yield from self._names(pid, "engine" if span.rank is None else f"rank {span.rank}")
+        args: dict[str, Any] = dict(span.attributes)
+        if span.error is not None:
+            args["error"] = span.error
+        # "ts" stands before "args": some readers look for it and stop at the first object.
+        start = (span.start_ns - self._epoch_ns) / 1000
+        if span.rank is None:
+            common = {"name": span.name, "cat": "step", "id": f"{span.span_id:x}", "pid": pid}
+            end = (span.end_ns - self._epoch_ns) / 1000
+            yield {**common, "ph": "b", "ts": start, "tid": pid, "args": args}
+            yield {**common, "ph": "e", "ts": end, "tid": pid}
+            return
+        lane = 0
+        if "onecast.collective.op" in span.attributes:
+            lanes = self._lanes[pid]
+            free = (n for n, end_ns in enumerate(lanes) if end_ns <= span.start_ns)
+            lane = next(free, len(lanes))
+            if lane == len(lanes):
+                lanes.append(0)
+                yield _metadata("thread_name", pid, _thread(pid, lane), name=f"overlapping {lane}")
+            lanes[lane] = span.end_ns
         yield {
-            "name": "process_name", "ph": "M", "pid": pid, "tid": pid,
-            "args": {"name": f"{service_name} {name}"},
-        }  # fmt: skip
-        yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": pid, "args": {"name": name}}
-        yield {
-            "name": "process_sort_index", "ph": "M", "pid": pid, "tid": pid,
-            "args": {"sort_index": 0 if pid == _ENGINE_PID else pid},
-        }  # fmt: skip
+            "name": span.name,
+            "ph": "X",
+            "ts": start,
+            "dur": (span.end_ns - span.start_ns) / 1000,
+            "pid": pid,
+            "tid": _thread(pid, lane),
+            "cat": "collective" if "onecast.collective.op" in span.attributes else "step",
+            "args": args,
+        }
+
+    def _names(self, pid: int, name: str) -> Iterator[dict[str, Any]]:
+        yield _metadata("process_name", pid, pid, name=f"{self._service_name} {name}")
+        yield _metadata("thread_name", pid, pid, name=name)
+        order = 0 if pid == _ENGINE_PID else pid
+        yield _metadata("process_sort_index", pid, pid, sort_index=order)
 
 
-def _event(span: Span, epoch_ns: int) -> dict[str, Any]:
-    pid = _ENGINE_PID if span.rank is None else span.rank + 1
-    # "ts" stands before "args": some readers look for it and stop at the first array or object.
-    event: dict[str, Any] = {
-        "name": span.name,
-        "ph": "X",
-        "ts": (span.start_ns - epoch_ns) / 1000,
-        "dur": (span.end_ns - span.start_ns) / 1000,
-        "pid": pid,
-        "tid": pid,
-        "cat": "collective" if "onecast.collective.op" in span.attributes else "step",
-    }
-    args: dict[str, Any] = dict(span.attributes)
-    if span.error is not None:
-        args["error"] = span.error
-    event["args"] = args
-    return event
+def _thread(pid: int, lane: int) -> int:
+    return pid if lane == 0 else pid * 1000 + lane
+
+
+def _metadata(name: str, pid: int, tid: int, /, **args: object) -> dict[str, Any]:
+    return {"name": name, "ph": "M", "pid": pid, "tid": tid, "args": args}
 
 
 def _jaeger(spans: list[Span], processes: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ class Recording:
     """Instruments this process and reads its own ring back."""
 
     def __init__(self, rank: int) -> None:
-        self.run_dir = make_run_dir()
-        self.ring = RingWriter(ring_path(self.run_dir, rank), capacity=4096, rank=rank)
+        run_dir = make_run_dir()
+        self.ring = RingWriter(ring_path(run_dir, rank), capacity=4096, rank=rank)
         self.reader = RingReader(self.ring.path)
+        remove_run_dir(run_dir)  # both have it mapped
         self.instrumentor = CollectiveInstrumentor()
         self.instrumentor.instrument(self.ring)
 
@@ -55,7 +56,6 @@ class Recording:
 
     def close(self) -> None:
         self.instrumentor.uninstrument()
-        remove_run_dir(self.run_dir)
 
 
 def _dictionaries() -> list[dict[str, Any]]:

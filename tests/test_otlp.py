@@ -1,0 +1,224 @@
+"""OTLP: real receivers get one trace a step from both ranks; an absent one costs only spans."""
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from onecast.comm.testing import run_ranks
+from onecast.telemetry import TelemetrySettings, make_run_dir, start_session
+from onecast.telemetry.otlp import OtlpExport
+from onecast.telemetry.spans import Span, trace_id
+
+Requests = list[ExportTraceServiceRequest]
+
+
+@contextmanager
+def http_receiver() -> Iterator[tuple[str, Requests]]:
+    received: Requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            assert self.path == "/v1/traces"
+            received.append(ExportTraceServiceRequest.FromString(body))
+            answer = ExportTraceServiceResponse().SerializeToString()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/x-protobuf")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", received
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def grpc_receiver() -> Iterator[tuple[str, Requests]]:
+    received: Requests = []
+
+    class Servicer(TraceServiceServicer):  # type: ignore[misc]
+        def Export(self, request: Any, context: Any) -> ExportTraceServiceResponse:
+            received.append(request)
+            return ExportTraceServiceResponse()
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    add_TraceServiceServicer_to_server(Servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{port}", received
+    finally:
+        server.stop(None).wait(5)
+
+
+def _run(rank: int, run_dir: str, steps: int) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    session = start_session(
+        rank=rank,
+        local_rank=rank,
+        world_size=2,
+        local_world_size=2,
+        engine_id="engine",
+        settings=TelemetrySettings.from_env(metrics_port=None),
+        run_dir=run_dir,
+    )
+    x = torch.ones(512)
+    for step in range(steps):
+        with session.step(step, batch_size=3):
+            with session.phase("model.forward"):
+                dist.all_reduce(x)
+            dist.broadcast(x, 0)
+    begin = time.monotonic()
+    final = session.close()
+    return time.monotonic() - begin, final
+
+
+@pytest.mark.parametrize(
+    "receiver, protocol", [(http_receiver, "http/protobuf"), (grpc_receiver, "grpc")]
+)
+def test_a_receiver_gets_one_trace_a_step_from_both_ranks(receiver: Any, protocol: str) -> None:
+    with receiver() as (endpoint, received):
+        env = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+            "OTEL_SERVICE_NAME": "tested",
+        }
+        (_, final), _ = run_ranks(_run, 2, make_run_dir(), 6, env=env)
+    assert final["dropped"] == 0
+    traces: dict[bytes, list[tuple[int | None, Any]]] = {}
+    for request in received:
+        for resource_spans in request.resource_spans:
+            resource = {
+                attribute.key: attribute.value for attribute in resource_spans.resource.attributes
+            }
+            assert resource["service.name"].string_value == "tested"
+            rank = resource["onecast.rank"].int_value if "onecast.rank" in resource else None
+            instance = "engine" if rank is None else f"engine/rank-{rank}"
+            assert resource["service.instance.id"].string_value == instance
+            for scope_spans in resource_spans.scope_spans:
+                assert scope_spans.scope.name == "onecast.telemetry"
+                for span in scope_spans.spans:
+                    traces.setdefault(span.trace_id, []).append((rank, span))
+    assert set(traces) == {trace_id("engine", step).to_bytes(16) for step in range(6)}
+    assert final["spans_exported"] == sum(map(len, traces.values())) == 6 * 9
+    for spans in traces.values():
+        names = sorted((-1 if rank is None else rank, span.name) for rank, span in spans)
+        assert names == [
+            (-1, "engine.step"),
+            (0, "all_reduce"), (0, "broadcast"), (0, "model.forward"), (0, "worker.step"),
+            (1, "all_reduce"), (1, "broadcast"), (1, "model.forward"), (1, "worker.step"),
+        ]  # fmt: skip
+        by_id = {span.span_id: (rank, span) for rank, span in spans}
+        assert len(by_id) == 9
+        inside = {
+            "worker.step": "engine.step", "model.forward": "worker.step",
+            "all_reduce": "model.forward", "broadcast": "worker.step",
+        }  # fmt: skip
+        for rank, span in spans:
+            if span.name == "engine.step":
+                assert span.parent_span_id == b""
+                continue
+            parent_rank, parent = by_id[span.parent_span_id]
+            assert parent.name == inside[span.name] and parent_rank in (rank, None)
+            assert parent.start_time_unix_nano <= span.start_time_unix_nano
+            assert span.start_time_unix_nano <= span.end_time_unix_nano
+            assert span.end_time_unix_nano <= parent.end_time_unix_nano
+            keys = {attribute.key for attribute in span.attributes}
+            if span.name in ("all_reduce", "broadcast"):
+                assert keys == {
+                    f"onecast.collective.{key}" for key in ("op", "group", "seq", "bytes", "dtype")
+                }
+            elif span.name == "worker.step":
+                assert keys == {"onecast.step.id", "onecast.batch.size"}
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_without_a_receiver_the_run_ends_promptly_and_counts_what_it_dropped(protocol: str) -> None:
+    env = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",  # nobody listens on the discard port
+        "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+    }
+    (seconds, final), _ = run_ranks(_run, 2, make_run_dir(), 6, env=env)
+    assert seconds < 8
+    assert final["spans_exported"] == 0
+    assert final["dropped"] == 6 * 9
+    assert sum(final["dropped_by_reason"].values()) == 6 * 9
+    assert set(final["dropped_by_reason"]) <= {"spans/export_failed", "spans/shutdown"}
+
+
+class Slow(SpanExporter):
+    """Takes spans when it is let."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.taken = 0
+
+    def export(self, spans: Any) -> SpanExportResult:
+        self.gate.wait(10)
+        self.taken += len(spans)
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        self.gate.set()
+
+
+def _spans(number: int) -> list[Span]:
+    return [Span(1, index + 1, None, "s", 0, 1, 2, {}, None) for index in range(number)]
+
+
+def test_a_slow_receiver_drops_whole_steps_and_never_blocks() -> None:
+    exporter = Slow()
+    settings = TelemetrySettings(otlp_queue_spans=100, otlp_timeout_s=0.2)
+    export = OtlpExport(exporter, settings, "e")
+    begin = time.monotonic()
+    for _ in range(30):
+        export.submit(_spans(10))
+    assert time.monotonic() - begin < 0.1
+    assert export.dropped == {"queue_full": 200}
+    exporter.gate.set()
+    export.close()
+    assert (exporter.taken, export.exported) == (100, 100)
+
+
+class Stuck(Slow):
+    def shutdown(self) -> None:
+        """Ignores it, like a transport in a system call."""
+
+
+def test_closing_is_bounded_even_if_the_exporter_is_stuck() -> None:
+    exporter = Stuck()
+    export = OtlpExport(exporter, TelemetrySettings(otlp_timeout_s=0.2), "e")
+    export.submit(_spans(7))
+    begin = time.monotonic()
+    export.close()
+    assert time.monotonic() - begin < 2
+    assert export.dropped == {"shutdown": 7}
+    exporter.gate.set()
