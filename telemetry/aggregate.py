@@ -20,6 +20,7 @@ from .ring import (
     FRAME,
     META,
     NBYTES,
+    OK,
     PHASE,
     SEQUENCE,
     STEP_KIND,
@@ -99,7 +100,7 @@ class Aggregate:
         for meta in np.unique(good[:, META]):
             chosen = good[good[:, META] == meta]
             self.phases[names[meta_name(int(meta))], rank].add(chosen[:, END] - chosen[:, BEGIN])
-        steps = rows[(kinds == STEP_KIND) & ~failed]
+        steps = rows[(kinds == STEP_KIND) & ((rows[:, AUX] & 0xFF) == OK)]
         if len(steps):
             self.steps[rank].add(steps[:, END] - steps[:, BEGIN])
         self._add_frames(rank, rows[kinds == FRAME], names)

@@ -119,12 +119,9 @@ class _Operation:
         self.refused = 0  # calls that raised before anything was issued
 
 
-class _Watch(weakref.ref[Any]):
-    """A weak reference to a Work that carries its ticket: it fires if nobody waits."""
-
-    __slots__ = ("key", "ticket")
-    key: int
-    ticket: int
+# By id of a Work that nobody has waited for: a weak reference that fires if nobody will, and
+# its ticket. A subclass of weakref.ref with two attributes costs 40 ns more.
+_Pending = dict[int, tuple[weakref.ref[Any], int]]
 
 
 def _owner(handle: Any) -> Any:
@@ -183,7 +180,7 @@ class CollectiveInstrumentor:
         self._recorder = recorder
         self._groups = {}
         self._live = [True]
-        pending: dict[int, _Watch] = {}
+        pending: _Pending = {}
         for owner in (ProcessGroup, Backend):
             for name, (operation, payload, per_rank) in _METHODS.items():
                 if name in owner.__dict__:  # torch versions differ
@@ -252,23 +249,24 @@ class CollectiveInstrumentor:
 
     def _operation(
         self, owner: type, method: str, name: str, payload: int, per_rank: bool,
-        pending: dict[int, _Watch],
+        pending: _Pending,
     ) -> Callable[..., Any]:  # fmt: skip
         original = getattr(owner, method)
         recorder = self._recorder
         assert recorder is not None
         begin, end, fail, intern = recorder.begin, recorder.end, recorder.fail, recorder.intern
-        attach, live = self._attach, self._live
+        attach, live, reference = self._attach, self._live, weakref.ref
         known: dict[int, tuple[_Operation, weakref.ref[Any]]] = {}
         dtypes: dict[Any, int] = {}
         keywords = (_OUTPUTS, _INPUTS)[max(payload, 0)]
         direct = owner.__name__ == "Backend"
 
         def forget(watch: weakref.ref[Any]) -> None:
-            assert isinstance(watch, _Watch)
-            if pending.get(watch.key) is watch:
-                del pending[watch.key]
-                end(watch.ticket, UNWAITED)
+            for key, (candidate, ticket) in list(pending.items()):
+                if candidate is watch:
+                    del pending[key]
+                    end(ticket, UNWAITED)
+                    return
 
         def operation_of(handle: Any) -> _Operation:
             operation = attach(handle, name, per_rank)
@@ -326,16 +324,13 @@ class CollectiveInstrumentor:
             if work is None:
                 end(ticket)
             else:
-                watch = _Watch(work, forget)
-                watch.ticket = ticket
-                watch.key = key = id(work)
-                pending[key] = watch
+                pending[id(work)] = reference(work, forget), ticket
             return work
 
         code = call.__code__
         return call
 
-    def _wait(self, owner: Any, pending: dict[int, _Watch]) -> Callable[..., Any]:
+    def _wait(self, owner: Any, pending: _Pending) -> Callable[..., Any]:
         original = owner.wait
         recorder = self._recorder
         assert recorder is not None
@@ -343,15 +338,15 @@ class CollectiveInstrumentor:
         take = pending.pop
 
         def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
-            watch = take(id(work), None)
-            if watch is None:
+            found = take(id(work), None)
+            if found is None:
                 return original(work, *args, **kwargs)
             try:
                 result = original(work, *args, **kwargs)
             except BaseException as error:
-                fail(watch.ticket, error)
+                fail(found[1], error)
                 raise
-            end(watch.ticket)
+            end(found[1])
             return result
 
         return wait

@@ -19,7 +19,7 @@ A record is eight words:
     meta      kind: 4 bits | name: 12 | group: 12 | dtype: 12 | group size: 16   (low to high)
               name, group and dtype are indices into the names; a group's entry is
               "label \\t name unique in the cluster"
-    aux       OK: 0; ERROR: 1 | name of the exception type << 8; UNWAITED: 2
+    aux       OK: 0; ERROR: 1 | name of the exception type << 8; UNWAITED: 2; DISCARDED: 3
               of a FRAME: metadata bytes (24 bits) | ns of its last part << 24
     nbytes    of a FRAME: frame bytes (40 bits) | broadcasts << 40; of a STEP: its batch size
     ticket+1  published last, by one aligned 8-byte store; 0 while the record is being written
@@ -69,7 +69,7 @@ BEGIN, END, STEP, META, SEQUENCE, NBYTES, AUX, TICKET = range(8)
 NOTHING = 0
 COLLECTIVE, PHASE, STEP_KIND, FRAME = 1, 2, 3, 4
 # status (the low byte of aux)
-OK, ERROR, UNWAITED = 0, 1, 2
+OK, ERROR, UNWAITED, DISCARDED = 0, 1, 2, 3
 
 _NAME_SHIFT, _GROUP_SHIFT, _DTYPE_SHIFT, _SIZE_SHIFT = 4, 16, 28, 40
 _FIELD_MASK = 0xFFF
@@ -154,8 +154,8 @@ class RingWriter:
     end(ticket, status=OK)                       closes it
     record(begin_ns, end_ns, meta, sequence, nbytes, aux)   writes a finished one
     set_nbytes(ticket, nbytes)                   what was not known at the beginning
-    discard_step(ticket)                         there was no step after all: everything since its
-                                                 record belongs to none, its phases are nothing
+    discard_step(ticket)                         there was no step after all: what its record holds
+                                                 belongs to none; close it with DISCARDED
     """
 
     begin: Callable[[int, int, int], int]
@@ -234,9 +234,11 @@ class RingWriter:
         first_word = RECORDS_OFFSET // WORD
         pack, now = _RECORD.pack_into, time.perf_counter_ns
         current_step = -1
+        newest = -1
 
         def begin(meta: int, sequence: int, nbytes: int) -> int:
-            ticket = next_ticket()
+            nonlocal newest
+            newest = ticket = next_ticket()
             slot = ticket & mask
             words[H_HEAD] = ticket + 1  # before the slot changes: a reader a lap behind must know
             # pack_into zeroes the slot first, so its ticket word reads 0 until the store below.
@@ -247,9 +249,9 @@ class RingWriter:
             return ticket
 
         def end(ticket: int, status: int = OK) -> None:
-            word = first_word + ((ticket & mask) << 3)
-            if words[word + 7] != ticket + 1:
+            if newest - ticket >= capacity:
                 return  # a lap later the slot belongs to another record
+            word = first_word + ((ticket & mask) << 3)
             if status:
                 words[word + 6] = status
             words[word + 1] = now()
@@ -257,7 +259,8 @@ class RingWriter:
         def record(
             begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
         ) -> None:
-            ticket = next_ticket()
+            nonlocal newest
+            newest = ticket = next_ticket()
             slot = ticket & mask
             words[H_HEAD] = ticket + 1
             pack(
@@ -277,12 +280,13 @@ class RingWriter:
                 words[word + 5] = nbytes
 
         def discard_step(since: int) -> None:
-            for ticket in range(since, words[H_HEAD]):
+            # What a reader has taken by now is out of reach: DISCARDED tells it about the rest.
+            for ticket in range(since + 1, words[H_HEAD]):
                 word = first_word + ((ticket & mask) << 3)
                 if words[word + 7] != ticket + 1:
                     continue
                 words[word + 2] = -1
-                if meta_kind(words[word + 3]) in (PHASE, STEP_KIND):
+                if meta_kind(words[word + 3]) == PHASE:
                     words[word + 3] = NOTHING
             set_step(-1)
 

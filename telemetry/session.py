@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from .intercept import CollectiveInstrumentor
 from .probe import RingProbe
-from .ring import PHASE, STEP_KIND, RingWriter, pack_meta
+from .ring import DISCARDED, OK, PHASE, STEP_KIND, RingWriter, pack_meta
 from .run_directory import make_run_dir, remove_run_dir, ring_path
 from .settings import TelemetrySettings
 from .sidecar_process import SidecarProcess
@@ -51,17 +51,19 @@ class _Phase:
 class _Step:
     """The reusable context of a step; steps do not nest."""
 
-    __slots__ = ("_instrumentor", "_meta", "_ring", "_ticket", "batch_size", "step")
+    __slots__ = ("_instrumentor", "_meta", "_ring", "_status", "_ticket", "batch_size", "step")
 
     def __init__(self, ring: RingWriter, instrumentor: CollectiveInstrumentor) -> None:
         self._ring = ring
         self._instrumentor = instrumentor
         self._meta = pack_meta(STEP_KIND)
         self._ticket = -1
+        self._status = OK
         self.step = -1
         self.batch_size = 0
 
     def __enter__(self) -> Self:
+        self._status = OK
         self._ring.set_step(self.step)
         self._ticket = self._ring.begin(self._meta, self.step, self.batch_size)
         return self
@@ -73,6 +75,7 @@ class _Step:
     def discard(self) -> None:
         """No step after all (the wait for one ended with the run): no trace, no duration."""
         self._ring.discard_step(self._ticket)
+        self._status = DISCARDED
 
     def __exit__(
         self,
@@ -81,7 +84,7 @@ class _Step:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self._ring.end(self._ticket)
+            self._ring.end(self._ticket, self._status)
         else:
             self._ring.fail(self._ticket, error)
         self._ring.set_step(-1)
@@ -165,8 +168,11 @@ class Session:
         self._closed = True
         self._instrumentor.uninstrument()
         self._ring.close()
-        if self._sidecar is not None and wait:
-            self._last_report = self._sidecar.join(self._settings.close_timeout_s)
+        if self._sidecar is not None:
+            if wait:
+                self._last_report = self._sidecar.join(self._settings.close_timeout_s)
+            else:
+                self._sidecar.abandon()
             if self._sidecar.dead:  # it removes the directory itself, if it lives to do so
                 remove_run_dir(self.run_dir)
         return self._last_report

@@ -105,6 +105,10 @@ class SidecarProcess:
             self._close_pipes()
         return final
 
+    def abandon(self) -> None:
+        """Let it finish by itself, unobserved."""
+        self._close_pipes()
+
     def _close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .ring import META, STEP, STEP_KIND
+from .ring import AUX, DISCARDED, META, STEP, STEP_KIND
 from .ring_reader import Rows
 
 _MAX_PENDING = 256  # steps that wait for a rank; beyond, the oldest go as they are
@@ -45,8 +45,18 @@ class StepJoiner:
                 self.late += len(chosen)
                 continue
             self._pending.setdefault(step, {}).setdefault(rank, []).append(chosen)
-            if ((chosen[:, META] & 0xF) == STEP_KIND).any():
+            ends = chosen[(chosen[:, META] & 0xF) == STEP_KIND]
+            if len(ends):
                 self._ended.setdefault(step, set()).add(rank)
+                if ends[0, AUX] & 0xFF == DISCARDED:
+                    self._discard(step, rank)
+
+    def _discard(self, step: int, rank: int) -> None:
+        """It was no step on this rank: as if the rank had never begun it."""
+        del self._pending[step][rank]
+        if not self._pending[step]:
+            del self._pending[step]
+            del self._ended[step]
 
     def release(self, pending: Mapping[int, Rows], *, everything: bool = False) -> list[JoinedStep]:
         """Complete steps, oldest first; with `everything` also those that never completed.

@@ -320,6 +320,31 @@ def test_an_exception_inside_a_phase_is_recorded_and_passes() -> None:
     session.close()
 
 
+def test_a_step_that_was_none_is_not_counted_and_a_size_may_come_late(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    session = alone(trace_file=str(trace))
+    with session.step(0) as scope:
+        scope.set_batch_size(5)
+    with session.step(1) as scope:
+        with session.phase("step.receive"):
+            time.sleep(0.2)  # polls find it open
+        scope.discard()
+    report = session.close()
+    assert report is not None and report["steps"] == 1 and report["phases"] == []
+    (only,) = json.loads(trace.read_text())["data"]
+    tags = {tag["key"]: tag["value"] for tag in only["spans"][1]["tags"]}
+    assert tags == {"onecast.step.id": 0, "onecast.batch.size": 5}
+
+
+def test_a_session_that_does_not_wait_leaves_the_rest_to_the_sidecar() -> None:
+    session = alone()
+    assert session._sidecar is not None
+    process = session._sidecar._process
+    assert session.close(wait=False) is None
+    assert process.wait(10) == 0
+    assert not os.path.exists(session.run_dir)
+
+
 def test_settings_come_from_the_environment_in_one_place() -> None:
     def read(**env: str) -> tuple[str | None, str, str]:
         settings = TelemetrySettings.from_env(env)

@@ -150,6 +150,15 @@ def test_steps_leave_in_order_once_all_ranks_have_ended_them() -> None:
     assert joiner.release(nothing, everything=True) == []
 
 
+def test_a_discarded_step_leaves_no_trace() -> None:
+    joiner = StepJoiner(2)
+    for rank in (0, 1):
+        joiner.add(rank, rows((0, 1, STEP)))
+    joiner.add(1, rows((3, 4, FORWARD), step=1))  # read before the rank knew
+    joiner.add(1, rows((2, 5, STEP, 0, 0, layout.DISCARDED), step=1))
+    assert [joined.step for joined in joiner.release({}, everything=True)] == [0]
+
+
 def test_a_rank_that_stays_away_holds_back_a_bounded_number_of_steps() -> None:
     joiner = StepJoiner(2)
     left = 0
