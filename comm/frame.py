@@ -1,52 +1,42 @@
 """A mapping of tensors and plain values as one contiguous run of bytes, and back.
 
-Owns the format below, its checks, and the numbers of layouts on both sides. Knows nothing of how
-the bytes travel: it writes into and reads from any `Region`.
+Owns what metadata means, and the numbers of layouts on both sides. Knows nothing of how the bytes
+travel: it writes into and reads from any `Region`. The bytes, see also `header`:
 
-     0        1        2                 4                        8
-     +--------+--------+-----------------+------------------------+
-     |version | flags  | layout number   | metadata length        |
-     +--------+--------+-----------------+------------------------+
-     | start of tensors                  | total length           |
-     +-----------------------------------+------------------------+
-     | sequence number                                            |
-     +-----------------------------------+------------------------+
-     | crc32 of all above and metadata   | metadata ...           |
-     +-----------------------------------+         ...            |
-     | padding up to the start, a multiple of 64                  |
-     +------------------------------------------------------------+
-     | tensors in the order of the layout, each at a multiple of  |
-     | 64, contiguous, row by row; total length is the last's end |
-     +------------------------------------------------------------+
+    +--------+--------------------------------+---------+----------+----------+
+    | header | metadata: one msgpack array    | padding | tensor 0 | tensor 1 | ...
+    |        | [definition] dims ... values...|         |          |          |
+    +--------+--------------------------------+---------+----------+----------+
+                                                        ^ start    ^ multiples of 64
 
-All numbers are little-endian. Metadata is one msgpack array: with DEFINES the definition of the
-layout, then every dimension, then every plain value. A frame that defines a layout replaces what
-its number stood for: the sender alone decides which layout makes room, and all ranks agree.
-CLOSES marks the last frame of a channel; it has no metadata.
+The definition of the layout is there in a frame that DEFINES it; then comes every dimension of
+every tensor, then every plain value, both in the layout's order. Tensors are contiguous, row by
+row, in native byte order; the end of the last is the end of the frame. A frame that defines a
+layout replaces what its number stood for: the sender alone decides which layout makes room, and all
+ranks agree.
 """
 
-import struct
 import sys
-import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import torch
 
 from . import values
-from .errors import FrameError, OutOfStep
-from .layout import Layout, Parts, Source
-from .region import ALIGNMENT, Placement, Region
-
-VERSION = 0xC1  # an octet that msgpack never uses: other traffic is unlikely to begin with it
-DEFINES = 1
-CLOSES = 2
-
-_FIELDS = struct.Struct("<BBHIIIQ")
-_HEADER = struct.Struct("<BBHIIIQI")
-HEADER_BYTES = _HEADER.size
-MAX_FRAME_BYTES = (1 << 32) - 1
-MAX_LAYOUTS = 128
+from .errors import FrameError, UnsupportedTypeError
+from .header import (
+    ALIGNMENT,
+    CLOSES,
+    DEFINES,
+    HEADER_BYTES,
+    MAX_FRAME_BYTES,
+    MAX_LAYOUTS,
+    Header,
+    aligned,
+    write_header,
+)
+from .layout import Expected, Layout, Parts, Source
+from .region import Placement, Region
 
 _MAX_PLACEMENTS = 32  # per layout
 _MAX_SLACK = 256  # bytes of padding accepted to keep the tensors where they were
@@ -54,33 +44,30 @@ _MAX_SLACK = 256  # bytes of padding accepted to keep the tensors where they wer
 assert sys.byteorder == "little", "tensors travel in native byte order"
 
 
-class Header(NamedTuple):
-    """The checked header of a frame."""
-
-    flags: int
-    layout: int
-    metadata_length: int
-    start: int
-    total: int
-    sequence: int
-    checksum: int
-
-    @property
-    def metadata_bytes(self) -> int:
-        return HEADER_BYTES + self.metadata_length
-
-
-class Message(NamedTuple):
+class Message:
     """A mapping ready to be written: nothing about it can be refused any more."""
 
-    layout: Layout
-    defines: bool
-    metadata: bytes
-    placement: Placement
-    start: int
-    total: int
-    sources: list[Source]
-    has_arrays: bool
+    __slots__ = ("defines", "layout", "metadata", "one_by_one", "placement", "sources")
+
+    def __init__(
+        self,
+        layout: Layout,
+        defines: bool,
+        metadata: bytes,
+        placement: Placement,
+        sources: list[Source],
+        one_by_one: bool,
+    ) -> None:
+        self.layout = layout
+        self.defines = defines
+        self.metadata = metadata
+        self.placement = placement
+        self.sources = sources
+        self.one_by_one = one_by_one
+
+    @property
+    def total(self) -> int:
+        return self.placement.end
 
     @property
     def metadata_bytes(self) -> int:
@@ -94,6 +81,7 @@ class _Placements:
         self._of: dict[Layout, dict[tuple[Any, ...], Placement]] = {}
 
     def get(self, layout: Layout, dims: list[int], start: int, limit: int) -> Placement:
+        """Raises FrameError for dimensions that are none, or end beyond `limit`."""
         key = (start, *dims)
         known = self._of.get(layout)
         if known is None:
@@ -117,6 +105,9 @@ class Encoder:
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._placements = _Placements()
         self._clock = 0
+        # The mapping before, while its layout is known to all. Decode steps differ in little but
+        # content: to compare with it takes half of what taking a mapping apart does.
+        self._last: tuple[Layout, Expected, Placement] | None = None
 
     def plan(self, mapping: Mapping[Any, Any]) -> Message:
         """Take `mapping` apart and lay its frame out.
@@ -124,44 +115,42 @@ class Encoder:
         Raises UnsupportedTypeError for what a frame cannot carry, ValueError for a frame above
         MAX_FRAME_BYTES; either way the next plan is none the wiser.
         """
+        if self._last is not None:
+            layout, expected, placement = self._last
+            found = expected.match(mapping)
+            if found is not None:
+                sources, plain, one_by_one = found
+                metadata = _pack(expected.dims + plain, mapping)
+                start = _start(layout, metadata)
+                if start != placement.start:
+                    placement = self._placements.get(layout, expected.dims, start, MAX_FRAME_BYTES)
+                    self._last = (layout, expected, placement)
+                return Message(layout, False, metadata, placement, sources, one_by_one)
+        return self._plan_anew(mapping)
+
+    def _plan_anew(self, mapping: Mapping[Any, Any]) -> Message:
         parts = Parts(mapping)
-        layout = self._layouts.get(parts.root)
-        defines = layout is None
-        if layout is None:
-            layout = Layout(self._free_number(), parts.root)
-            items = [layout.definition(), *parts.dims, *parts.values]
+        known = self._layouts.get(parts.root)
+        layout = known or Layout(self._free_number(), parts.root)
+        if known is None:
+            metadata = _pack([layout.definition(), *parts.dims, *parts.values], mapping)
+            start = aligned(HEADER_BYTES + len(metadata))
         else:
-            items = parts.dims + parts.values
+            metadata = _pack(parts.dims + parts.values, mapping)
+            start = _start(layout, metadata)
         try:
-            metadata = values.pack(items)
-        except UnicodeEncodeError:
-            values.check_text(mapping, "")
-            raise
-        start = -(-(HEADER_BYTES + len(metadata)) // ALIGNMENT) * ALIGNMENT
-        if not defines:
-            # A count that needs one byte more must not move every tensor to a new address.
-            if 0 < layout.start - start <= _MAX_SLACK:
-                start = layout.start
-            layout.start = start
-        try:
-            placement = self._placements.get(layout, parts.dims, start, MAX_FRAME_BYTES)
             if start > MAX_FRAME_BYTES:
-                raise FrameError(f"the metadata is {len(metadata)} bytes")
+                raise FrameError(f"the metadata alone is {len(metadata)} bytes")
+            if known is None:  # not kept: the next frame starts elsewhere
+                placement = Placement(layout, parts.dims, start, MAX_FRAME_BYTES)
+            else:
+                placement = self._placements.get(layout, parts.dims, start, MAX_FRAME_BYTES)
         except FrameError as error:
             raise ValueError(f"a frame holds {MAX_FRAME_BYTES} bytes at most: {error}") from None
-        finally:
-            if defines:
-                self._placements.forget(layout)
-        return Message(
-            layout,
-            defines,
-            metadata,
-            placement,
-            start,
-            placement.end,
-            parts.sources,
-            parts.has_arrays,
-        )
+        if known is not None:
+            expected = Expected.of(parts)
+            self._last = (layout, expected, placement) if expected is not None else None
+        return Message(layout, known is None, metadata, placement, parts.sources, parts.has_arrays)
 
     def commit(self, message: Message) -> None:
         """The frame goes out: from here on its layout is known to everyone."""
@@ -172,6 +161,7 @@ class Encoder:
                 if layout.number == message.layout.number:
                     del self._layouts[root]
                     self._placements.forget(layout)
+                    self._last = None
                     break
             self._layouts[message.layout.root] = message.layout
 
@@ -194,124 +184,148 @@ class Decoder:
         `memory` holds the frame's header and metadata at least, their checksum checked. Raises
         FrameError.
         """
-        metadata = memory[HEADER_BYTES : header.metadata_bytes]
-        if len(metadata) != header.metadata_length:
+        _, _, flags, number, sequence, metadata_length, start, _ = header
+        metadata = memory[HEADER_BYTES : HEADER_BYTES + metadata_length]
+        if len(metadata) != metadata_length:
             raise FrameError(f"truncated: {len(metadata)} bytes of metadata are left")
         items = values.unpack(metadata)
         if type(items) is not list:
             raise FrameError("the metadata is no array")
-        if header.flags & DEFINES:
-            layout = Layout.from_definition(header.layout, items[0] if items else None)
-            del items[0]
-        else:
-            known = self._layouts.get(header.layout)
-            if known is None:
-                raise FrameError(
-                    f"frame {header.sequence} has layout {header.layout}, which no frame defined"
-                )
-            layout = known
+        if flags & DEFINES:
+            return self._define(region, header, items)
+        layout = self._layouts.get(number)
+        if layout is None:
+            raise FrameError(f"frame {sequence} has layout {number}, which no frame defined")
+        repeated = region.repeated
+        if (
+            repeated is not None
+            and repeated.layout is layout
+            and repeated.total == header.total
+            and repeated.start == start
+            and len(items) == repeated.num_items
+            and items[: layout.num_dims] == repeated.dims
+        ):
+            mapping = repeated.mapping.copy()
+            mapping.update(zip(layout.value_keys, items[layout.num_dims :], strict=True))
+            return mapping
+        return self._build(layout, items, region, header)
+
+    def _define(self, region: Region, header: Header, items: list[Any]) -> dict[Any, Any]:
+        layout = Layout.from_definition(header.layout, items[0] if items else None)
+        mapping = self._build(layout, items[1:], region, header)
+        replaced = self._layouts.get(layout.number)
+        if replaced is not None:
+            self._placements.forget(replaced)
+        self._layouts[layout.number] = layout
+        return mapping
+
+    def _build(
+        self, layout: Layout, items: list[Any], region: Region, header: Header
+    ) -> dict[Any, Any]:
         if len(items) != layout.num_dims + layout.num_values:
             raise FrameError(
                 f"layout {layout.number} has {layout.num_dims} dimensions and "
                 f"{layout.num_values} values, frame {header.sequence} brings {len(items)}"
             )
-        mapping = _build(layout, items, region, header, self._placements)
-        if header.flags & DEFINES:
-            replaced = self._layouts.get(layout.number)
-            if replaced is not None:
-                self._placements.forget(replaced)
-            self._layouts[layout.number] = layout
+        dims = items[: layout.num_dims]
+        limit = min(header.total, region.nbytes)
+        try:
+            placement = self._placements.get(layout, dims, header.start, limit)
+            if placement.end != header.total:
+                raise FrameError(f"tensors end at {placement.end}, the frame at {header.total}")
+            views = region.views(placement)
+        except (RuntimeError, TypeError) as error:  # what torch refuses; an unhashable dimension
+            raise FrameError(f"frame {header.sequence} has malformed tensors: {error}") from error
+        mapping = layout.build(views, items[layout.num_dims :])
+        if layout.is_flat:
+            region.repeated = Repeated(layout, header, dims, len(items), mapping.copy())
         return mapping
 
 
-def _build(
-    layout: Layout, items: list[Any], region: Region, header: Header, placements: _Placements
-) -> dict[Any, Any]:
-    dims = items[: layout.num_dims]
-    try:
-        placement = placements.get(layout, dims, header.start, min(header.total, region.nbytes))
-        if placement.end != header.total:
-            raise FrameError(f"the tensors end at {placement.end}, the frame at {header.total}")
-        views = region.views(placement)
-    except (RuntimeError, TypeError) as error:  # what torch refuses; an unhashable dimension
-        raise FrameError(
-            f"the tensors of frame {header.sequence} are malformed: {error}"
-        ) from error
-    return layout.build(views, items[layout.num_dims :])
+class Repeated:
+    """The frame that a region held last: one that repeats its dimensions has the same views."""
+
+    __slots__ = ("dims", "layout", "mapping", "num_items", "start", "total")
+
+    def __init__(
+        self,
+        layout: Layout,
+        header: Header,
+        dims: list[int],
+        num_items: int,
+        mapping: dict[Any, Any],
+    ) -> None:
+        self.layout = layout
+        self.start = header.start
+        self.total = header.total
+        self.dims = dims
+        self.num_items = num_items
+        self.mapping = mapping
 
 
 def write(message: Message, sequence: int, region: Region) -> None:
-    """Write a whole frame into host memory."""
-    region.copy_in(message.placement, message.sources, message.has_arrays)
+    """Write a whole frame into host memory.
+
+    Raises UnsupportedTypeError for a tensor whose content cannot be read, one on the meta device.
+    """
+    try:
+        region.copy_in(message.placement, message.sources, message.one_by_one)
+    except (RuntimeError, NotImplementedError) as error:
+        _blame(message, region, error)
     write_head(message, sequence, region)
 
 
 def write_head(message: Message, sequence: int, region: Region) -> None:
     """Write header and metadata into host memory."""
-    memory = region.memory
-    assert memory is not None and message.total <= region.nbytes
-    metadata = message.metadata
-    fields = _FIELDS.pack(
-        VERSION,
+    placement = message.placement
+    assert region.memory is not None and placement.end <= region.nbytes
+    write_header(
+        region.memory,
         message.defines,
         message.layout.number,
-        len(metadata),
-        message.start,
-        message.total,
         sequence,
+        message.metadata,
+        placement.start,
+        placement.end,
     )
-    checksum = zlib.crc32(metadata, zlib.crc32(fields))
-    memory[: HEADER_BYTES + len(metadata)] = fields + checksum.to_bytes(4, "little") + metadata
 
 
 def write_goodbye(sequence: int, region: Region) -> None:
-    """Write the frame that closes a channel; it is as long as the header with its padding."""
+    """Write the frame that closes a channel; it is as long as a header with its padding."""
     assert region.memory is not None
-    fields = _FIELDS.pack(VERSION, CLOSES, 0, 0, ALIGNMENT, ALIGNMENT, sequence)
-    region.memory[:HEADER_BYTES] = fields + zlib.crc32(fields).to_bytes(4, "little")
-
-
-def read_header(memory: memoryview, expected: int) -> Header:
-    """The header at the front of `memory`, its lengths consistent with one another.
-
-    The checksum is checked if `memory` holds all metadata (`header.metadata_bytes`); if not, call
-    `check_metadata` once it does. Raises FrameError, and OutOfStep if the sequence number is not
-    `expected`.
-    """
-    if len(memory) < HEADER_BYTES:
-        raise FrameError(f"{len(memory)} bytes are no frame: its header alone is {HEADER_BYTES}")
-    version, *fields = _HEADER.unpack_from(memory)
-    if version != VERSION:
-        raise FrameError(f"no frame of this version: it begins with {version:#x}, not {VERSION:#x}")
-    header = Header(*fields)
-    metadata_end = HEADER_BYTES + header.metadata_length
-    if metadata_end <= len(memory):
-        check_metadata(header, memory)
-    if not metadata_end <= header.start <= header.total or header.start % ALIGNMENT:
-        raise FrameError(
-            f"lengths disagree: metadata ends at {metadata_end}, tensors start at {header.start}, "
-            f"the frame ends at {header.total}"
-        )
-    if header.flags & ~(DEFINES | CLOSES) or header.layout >= MAX_LAYOUTS:
-        raise FrameError(f"flags are {header.flags:#x}, layout is {header.layout}")
-    if header.sequence != expected:
-        raise OutOfStep(expected, header.sequence, header.layout)
-    return header
-
-
-def check_metadata(header: Header, memory: memoryview) -> None:
-    """Raise FrameError unless the checksum fits header and metadata."""
-    end = HEADER_BYTES + header.metadata_length
-    if len(memory) < end:
-        raise FrameError(f"truncated: {len(memory)} bytes of {end} with the metadata")
-    checksum = zlib.crc32(memory[HEADER_BYTES:end], zlib.crc32(memory[: _FIELDS.size]))
-    if checksum != header.checksum:
-        raise FrameError(f"checksum is {checksum:#x}, {header.checksum:#x} was sent")
+    write_header(region.memory, CLOSES, 0, sequence, b"", ALIGNMENT, ALIGNMENT)
 
 
 def rebuild(message: Message, region: Region) -> dict[Any, Any]:
     """What the receivers of `message` see, for the sender itself: views of what it sent."""
     items = values.unpack(message.metadata)
     plain = items[int(message.defines) + message.layout.num_dims :]
-    views: list[torch.Tensor] = region.views(message.placement)
-    return message.layout.build(views, plain)
+    return message.layout.build(region.views(message.placement), plain)
+
+
+def _blame(message: Message, region: Region, error: Exception) -> NoReturn:
+    """Raise for the source that cannot be copied, naming it."""
+    views = region.views(message.placement)
+    paths = message.layout.tensor_paths()
+    for path, view, source in zip(paths, views, message.sources, strict=True):
+        try:
+            view.copy_(torch.as_tensor(source))
+        except (RuntimeError, NotImplementedError) as its_error:
+            raise UnsupportedTypeError(f"{path}: {its_error}") from its_error
+    raise UnsupportedTypeError(f"a tensor cannot be copied: {error}") from error
+
+
+def _pack(items: list[Any], mapping: Mapping[Any, Any]) -> bytes:
+    try:
+        return values.pack(items)
+    except UnicodeEncodeError:
+        values.check_text(mapping, "")
+        raise
+
+
+def _start(layout: Layout, metadata: bytes) -> int:
+    """Where the tensors begin: a count that needs one byte more must not move them all."""
+    start = aligned(HEADER_BYTES + len(metadata))
+    if not 0 <= layout.start - start <= _MAX_SLACK:
+        layout.start = start
+    return layout.start

@@ -104,8 +104,6 @@ class Parts:
             raise UnsupportedTypeError(f"{path}: tensor of dtype {value.dtype}")
         if value.layout is not _STRIDED:
             raise UnsupportedTypeError(f"{path}: tensor of layout {value.layout}")
-        if value.is_meta:
-            raise UnsupportedTypeError(f"{path}: tensor on the meta device, which has no content")
         if value.dim() > MAX_RANK:
             raise UnsupportedTypeError(f"{path}: tensor of rank {value.dim()}, beyond {MAX_RANK}")
         self.dims += value.shape
@@ -148,6 +146,67 @@ class Parts:
         return None
 
 
+class Expected:
+    """What the next mapping most likely looks like: keys, kinds and shapes of the one before."""
+
+    __slots__ = ("_dtypes", "_keys", "_shapes", "dims")
+
+    def __init__(
+        self,
+        keys: list[str],
+        dtypes_: list[torch.dtype | None],
+        shapes: list[tuple[int, ...]],
+        dims: list[int],
+    ) -> None:
+        self._keys = keys
+        self._dtypes = dtypes_
+        self._shapes = shapes
+        self.dims = dims
+
+    @classmethod
+    def of(cls, parts: Parts) -> "Expected | None":
+        """None if `parts` has containers with tensors, or keys other than str."""
+        keys = list(parts.root[0::2])
+        nodes = parts.root[1::2]
+        if any(is_container(node) for node in nodes) or {*map(type, keys)} - {str}:
+            return None
+        sources = iter(parts.sources)
+        shapes = [() if node is None else tuple(next(sources).shape) for node in nodes]
+        return cls(keys, [node and node[0] for node in nodes], shapes, parts.dims)
+
+    def match(self, mapping: Mapping[Any, Any]) -> tuple[list[Source], list[Any], bool] | None:
+        """Sources, values and whether an array is among the sources; None: look closer."""
+        if [*mapping] != self._keys:
+            return None
+        sources: list[Source] = []
+        plain: list[Any] = []
+        has_arrays = False
+        # The lengths are equal, as the keys are; strict=True would cost a call.
+        for value, dtype, shape in zip(mapping.values(), self._dtypes, self._shapes):  # noqa: B905
+            kind = type(value)
+            if dtype is None:
+                if kind not in _SCALARS:
+                    return None
+                plain.append(value)
+            elif kind is torch.Tensor:
+                if (
+                    value.dtype is not dtype
+                    or value.shape != shape
+                    or value.layout is not _STRIDED
+                    or value.requires_grad
+                ):
+                    return None
+                sources.append(value)
+            elif kind is np.ndarray:
+                if _FROM_NUMPY.get(value.dtype) is not dtype or value.shape != shape:
+                    return None
+                has_arrays = True
+                sources.append(value)
+            else:
+                return None
+        return sources, plain, has_arrays
+
+
 class Layout:
     """One structure under its number, and how a mapping is put together again."""
 
@@ -160,20 +219,19 @@ class Layout:
         self.num_values = _num_values(("dict", *root))
         self.start = 0  # of the tensors of the last frame, see frame.Encoder
         self.last_used = 0  # the sender's clock, by which the least recently used is replaced
-        # Without containers, where each leaf comes from: first the tensors, then the values.
-        self._order: list[int] | None = None
         nodes = root[1::2]
-        if not any(node and type(node[0]) is str for node in nodes):
-            tensors, plain = iter(range(len(nodes))), iter(range(len(self.tensors), len(nodes)))
-            self._order = [next(plain) if node is None else next(tensors) for node in nodes]
+        self.is_flat = not any(map(is_container, nodes))
+        # Of a flat layout: which keys have plain values.
+        self.value_keys = [k for k, node in zip(self.keys, nodes, strict=True) if node is None]
 
     def build(self, views: Sequence[torch.Tensor], plain: Sequence[Any]) -> dict[Any, Any]:
         """The mapping, of tensors and values in the structure's order."""
-        if self._order is not None:
-            leaves = [*views, *plain]
-            return dict(zip(self.keys, [leaves[i] for i in self._order], strict=True))
         built: dict[Any, Any] = _build(("dict", *self.root), iter(views), iter(plain))
         return built
+
+    def tensor_paths(self) -> Iterator[str]:
+        """How errors name the tensors, in their order."""
+        return _paths(("dict", *self.root), "")
 
     def definition(self) -> list[Any]:
         """What travels, for msgpack."""
@@ -202,18 +260,33 @@ def _check_depth(path: str, depth: int) -> None:
         raise UnsupportedTypeError(f"{path[:200]}: nested deeper than {MAX_DEPTH}")
 
 
+def is_container(node: Node) -> bool:
+    return node is not None and type(node[0]) is str
+
+
 def _children(node: Node) -> tuple[Any, ...]:
-    if node is None or type(node[0]) is not str:
+    if not is_container(node):
         return ()
     children: tuple[Any, ...] = node[2::2] if node[0] == "dict" else node[1:]
     return children
 
 
 def _tensors(node: Node) -> Iterator[tuple[torch.dtype, int]]:
-    if node is not None and type(node[0]) is not str:
+    if node is not None and not is_container(node):
         yield node
     for child in _children(node):
         yield from _tensors(child)
+
+
+def _paths(node: Node, path: str) -> Iterator[str]:
+    if not is_container(node):
+        if node is not None:
+            yield path
+        return
+    keys = node[1::2] if node[0] == "dict" else range(len(node) - 1)
+    for key, child in zip(keys, _children(node), strict=True):
+        inner = f"[{key}]" if node[0] != "dict" else f".{key}" if path else str(key)
+        yield from _paths(child, path + inner)
 
 
 def _num_values(node: Node) -> int:

@@ -29,17 +29,8 @@ import torch.distributed as dist
 
 from .channel import DEFAULT_TIMEOUT_S, Frame
 from .errors import BrokenChannel, Closed, CommError, PeerLost, ReceiveTimeout
-from .frame import (
-    CLOSES,
-    HEADER_BYTES,
-    Decoder,
-    Encoder,
-    Header,
-    check_metadata,
-    read_header,
-    rebuild,
-)
-from .frame import VERSION as FRAME_VERSION
+from .frame import Decoder, Encoder, rebuild
+from .header import CLOSES, HEADER_BYTES, VERSION, Header, check_metadata, read_header
 from .ladder import Capacity, rung
 from .peers import Peers
 from .probe import Probe
@@ -87,7 +78,7 @@ class ProcessGroupChannel:
         self._staging: Staging = DeviceStaging(place) if place.type == "cuda" else HostStaging()
         # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
         self._group = weakref.ref(group)
-        self._peers = Peers.exchange(group, place, {"src": src, "frame version": FRAME_VERSION})
+        self._peers = Peers.exchange(group, place, {"src": src, "frame version": VERSION})
         self._probe = probe
         self._timeout_s = timeout_s
         self._poison = poison
@@ -144,14 +135,12 @@ class ProcessGroupChannel:
         self._release_last()
         capacity = self._capacity.nbytes
         try:
-            header = self._next(self._timeout_s if timeout_s is None else timeout_s)
+            header, memory = self._next(self._timeout_s if timeout_s is None else timeout_s)
             if header.flags & CLOSES:
                 self._closed = True
                 raise Closed(f"rank {self.src} closed the channel after {self.sequence} frames")
             decode_start_ns = time.perf_counter_ns() if probe is not None else 0
-            staging = self._staging
-            memory = staging.head(header.metadata_bytes)
-            mapping = self._decoder.decode(staging.region, header, memory)
+            mapping = self._decoder.decode(self._staging.region, header, memory)
         except (ReceiveTimeout, Closed):
             raise
         except BaseException as error:
@@ -160,7 +149,7 @@ class ProcessGroupChannel:
         frame = self._frame = Frame(
             header.sequence,
             header.total,
-            header.metadata_bytes,
+            HEADER_BYTES + header.metadata_length,
             mapping,
             None,
             self._retire if self._poison else None,
@@ -183,7 +172,7 @@ class ProcessGroupChannel:
             self._send(self._capacity.nbytes, 0)
         else:
             deadline = time.monotonic() + self._timeout_s
-            while not self._next(max(deadline - time.monotonic(), 0)).flags & CLOSES:
+            while not self._next(max(deadline - time.monotonic(), 0))[0].flags & CLOSES:
                 self.sequence += 1
 
     def _check(self, source: bool) -> None:
@@ -204,19 +193,15 @@ class ProcessGroupChannel:
         self._staging.region.poison()
 
     def _send(self, capacity: int, total: int) -> None:
-        what = f"the other ranks to take frame {self.sequence}"
         deadline = time.monotonic() + self._timeout_s
-        work = self._broadcast(0, capacity)
-        self._await(work, deadline, what, self._staging.sent)
+        self._await(self._broadcast(0, capacity), deadline, self._staging.sent)
         if total > capacity:
-            work = self._broadcast(capacity, total)
-            self._await(work, deadline, what, self._staging.sent)
+            self._await(self._broadcast(capacity, total), deadline, self._staging.sent)
         self._capacity.saw(total)
 
-    def _next(self, timeout_s: float) -> Header:
-        """The header of the next frame, once all of the frame is here."""
+    def _next(self, timeout_s: float) -> tuple[Header, memoryview]:
+        """The next frame, once all of it is here: its header, and a memory with its metadata."""
         staging = self._staging
-        what = f"frame {self.sequence} from rank {self.src}"
         deadline = time.monotonic() + timeout_s
         capacity = self._capacity.nbytes
         header = self._front
@@ -224,21 +209,26 @@ class ProcessGroupChannel:
             if self._pending is None:
                 staging.reserve(capacity)
                 self._pending = self._broadcast(0, capacity)
-            self._await(self._pending, deadline, what, staging.arrived)
+            self._await(self._pending, deadline, staging.arrived)
             self._pending = None
-            header = read_header(staging.head(HEADER_BYTES), self.sequence)
-            if header.total > capacity:
-                staging.reserve(rung(header.total), keep=capacity)
-                self._front = header
-        if header.total > capacity:
-            if self._pending is None:
-                self._pending = self._broadcast(capacity, header.total)
-            self._await(self._pending, deadline, f"the rest of {what}", staging.arrived)
-            self._pending = self._front = None
-            if header.metadata_bytes > capacity:  # else it has been checked with the header
-                check_metadata(header, staging.head(header.metadata_bytes))
+            memory = staging.head(HEADER_BYTES)
+            header = read_header(memory, self.sequence)
+            if header.total <= capacity:
+                self._capacity.saw(header.total)
+                if HEADER_BYTES + header.metadata_length > len(memory):
+                    memory = staging.head(HEADER_BYTES + header.metadata_length)
+                    check_metadata(header, memory)
+                return header, memory
+            staging.reserve(rung(header.total), keep=capacity)
+            self._front = header
+        if self._pending is None:
+            self._pending = self._broadcast(capacity, header.total)
+        self._await(self._pending, deadline, staging.arrived)
+        self._pending = self._front = None
+        memory = staging.head(HEADER_BYTES + header.metadata_length)
+        check_metadata(header, memory)
         self._capacity.saw(header.total)
-        return header
+        return header, memory
 
     def _broadcast(self, begin: int, end: int) -> dist.Work:
         group = self._group()
@@ -257,21 +247,26 @@ class ProcessGroupChannel:
         self,
         work: dist.Work,
         deadline: float,
-        what: str,
         done: Callable[[dist.Work, float], bool],
     ) -> None:
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                if done(work, min(max(left, 0), _SLICE_S)):
-                    return
-            except RuntimeError as error:
-                raise self._failure(error) from error
-            gone = self._peers.gone()
-            if gone is not None:
-                raise PeerLost(gone, f"its process ended while this rank waited for {what}")
-            if left <= 0:
-                raise ReceiveTimeout(f"waited in vain for {what}")
+        left = deadline - time.monotonic()
+        try:
+            while not done(work, min(left, _SLICE_S)):
+                gone = self._peers.gone()
+                if gone is not None:
+                    text = f"its process ended while this rank waited for {self._awaited()}"
+                    raise PeerLost(gone, text)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise ReceiveTimeout(f"waited in vain for {self._awaited()}")
+        except RuntimeError as error:
+            raise self._failure(error) from error
+
+    def _awaited(self) -> str:
+        if self.is_source:
+            return f"the other ranks to take frame {self.sequence}"
+        rest = "the rest of " if self._front is not None else ""
+        return f"{rest}frame {self.sequence} from rank {self.src}"
 
     def _failure(self, error: RuntimeError) -> CommError:
         """What a failed broadcast means; the process group says it in words only."""

@@ -6,18 +6,21 @@ Knows nothing of headers, metadata or who sends.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .dtypes import NUMPY_DTYPES
 from .errors import FrameError
+from .header import ALIGNMENT, aligned
 from .layout import Layout, Source
 
-ALIGNMENT = 64  # of each tensor: a cache line, and enough for any vector load
 MAX_DIMENSION = (1 << 63) - 1
 POISON = 0xA5
+
+if TYPE_CHECKING:
+    from .frame import Repeated
 
 _KEPT = 64  # views of so many placements are kept; decode steps repeat a handful
 
@@ -25,12 +28,12 @@ _KEPT = 64  # views of so many placements are kept; decode steps repeat a handfu
 class Placement:
     """Where the tensors of a layout lie in a frame, for given dimensions and a given start."""
 
-    __slots__ = ("end", "tensors")
+    __slots__ = ("end", "start", "tensors")
 
     def __init__(self, layout: Layout, dims: Sequence[int], start: int, limit: int) -> None:
         """`end`: of the last tensor. Raises FrameError if it lies beyond `limit`."""
         self.tensors: list[tuple[torch.dtype, list[int], list[int], int]] = []
-        self.end = offset = start
+        self.start = self.end = offset = start
         first = 0
         for dtype, rank in layout.tensors:
             shape = list(dims[first : first + rank])
@@ -51,7 +54,7 @@ class Placement:
             if self.end > limit:
                 raise FrameError(f"a tensor {shape} of {dtype} ends at {self.end}, beyond {limit}")
             self.tensors.append((dtype, shape, strides, offset // dtype.itemsize))
-            offset = -(-self.end // ALIGNMENT) * ALIGNMENT
+            offset = aligned(self.end)
 
 
 class Region:
@@ -69,6 +72,7 @@ class Region:
         self.memory: memoryview | None = None
         if tensor.device.type == "cpu":
             self.memory = memoryview(tensor.numpy())  # type: ignore[arg-type]
+        self.repeated: Repeated | None = None  # the decoder's memory of the frame before
         self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[Placement, list[torch.Tensor]] = {}
         self._arrays: dict[Placement, list[np.ndarray[Any, Any] | None]] = {}

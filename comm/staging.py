@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from .frame import HEADER_BYTES, Message, write, write_goodbye, write_head
+from .frame import Message, write, write_goodbye, write_head
+from .header import HEADER_BYTES, aligned
 from .region import Region
 
 _HEAD_BYTES = 4096  # copied back from a device at once; longer metadata takes a second copy
@@ -187,5 +188,4 @@ class DeviceStaging:
 def _zeros(nbytes: int, pinned: bool) -> torch.Tensor:
     """Zeros: what pads a frame is sent, and must not be what this memory held before."""
     with torch.inference_mode(False):  # or a later frame outside of it could not be written here
-        nbytes = -(-nbytes // 64) * 64
-        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        return torch.zeros(aligned(nbytes), dtype=torch.uint8, pin_memory=pinned)

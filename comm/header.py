@@ -1,0 +1,116 @@
+"""The header of a frame: its bytes, and the checks that stand before any use of them.
+
+Owns the format below down to the end of the metadata. Knows nothing of what metadata means.
+
+    offset  size
+            +-------------------------------------------------------+
+      0     |   4   crc32 of what follows, to the metadata's end    |
+      4     |   1   version                                         |
+      5     |   1   flags                                           |
+      6     |   2   layout number                                   |
+      8     |   8   sequence number                                 |
+     16     |   4   metadata length                                 |
+     20     |   4   start of the tensors, a multiple of 64          |
+     24     |   4   total length                                    |
+            +-------------------------------------------------------+
+     28     |       metadata                                        |
+            +-------------------------------------------------------+
+            |       padding                                         |
+            +-------------------------------------------------------+
+     start  |       tensors, to the total length                    |
+            +-------------------------------------------------------+
+
+All numbers are little-endian.
+"""
+
+import struct
+import zlib
+from typing import NamedTuple
+
+from .errors import FrameError, OutOfStep
+
+VERSION = 0xC1  # an octet that msgpack never uses: other traffic is unlikely to have it here
+DEFINES = 1  # the metadata begins with the definition of the layout
+CLOSES = 2  # the last frame of a channel; it has no metadata
+
+ALIGNMENT = 64  # of each tensor: a cache line, and enough for any vector load
+MAX_FRAME_BYTES = (1 << 32) - 1
+MAX_LAYOUTS = 128
+
+_HEADER = struct.Struct("<IBBHQIII")
+_CHECKED = struct.Struct("<BBHQIII")  # all but the checksum
+_CHECKSUM_BYTES = 4
+HEADER_BYTES = _HEADER.size
+
+_unpack = _HEADER.unpack_from
+
+
+class Header(NamedTuple):
+    """The fields, in their order."""
+
+    checksum: int
+    version: int
+    flags: int
+    layout: int
+    sequence: int
+    metadata_length: int
+    start: int
+    total: int
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to where a tensor may begin."""
+    return (nbytes + ALIGNMENT - 1) & -ALIGNMENT
+
+
+def write_header(
+    memory: memoryview,
+    flags: int,
+    layout: int,
+    sequence: int,
+    metadata: bytes,
+    start: int,
+    total: int,
+) -> None:
+    """Write header and metadata to the front of `memory`."""
+    fields = _CHECKED.pack(VERSION, flags, layout, sequence, len(metadata), start, total)
+    checked = fields + metadata
+    checksum = zlib.crc32(checked).to_bytes(_CHECKSUM_BYTES, "little")
+    memory[: _CHECKSUM_BYTES + len(checked)] = checksum + checked
+
+
+def read_header(memory: memoryview, expected: int) -> Header:
+    """The header at the front of `memory`, its lengths consistent with one another.
+
+    The checksum is checked if `memory` holds all metadata; if not, call `check_metadata` once it
+    does. Raises FrameError, and OutOfStep if the sequence number is not `expected`.
+    """
+    if len(memory) < HEADER_BYTES:
+        raise FrameError(f"{len(memory)} bytes are no frame: its header alone is {HEADER_BYTES}")
+    # Around the generated __new__: it runs Python code for what is one C call.
+    header = tuple.__new__(Header, _unpack(memory))
+    checksum, version, flags, layout, sequence, metadata_length, start, total = header
+    if version != VERSION:
+        raise FrameError(f"no frame of this version: {version:#x} stands where {VERSION:#x} should")
+    end = HEADER_BYTES + metadata_length
+    if end <= len(memory) and zlib.crc32(memory[_CHECKSUM_BYTES:end]) != checksum:
+        raise FrameError(f"the checksum of a frame of {total} bytes does not fit")
+    if not end <= start <= total or start % ALIGNMENT:
+        raise FrameError(
+            f"lengths disagree: metadata ends at {end}, tensors start at {start}, "
+            f"the frame ends at {total}"
+        )
+    if flags > CLOSES or layout >= MAX_LAYOUTS:
+        raise FrameError(f"flags are {flags:#x}, layout is {layout}")
+    if sequence != expected:
+        raise OutOfStep(expected, sequence, layout)
+    return header
+
+
+def check_metadata(header: Header, memory: memoryview) -> None:
+    """Raise FrameError unless the checksum fits header and metadata."""
+    end = HEADER_BYTES + header.metadata_length
+    if len(memory) < end:
+        raise FrameError(f"truncated: {len(memory)} bytes of {end} with the metadata")
+    if zlib.crc32(memory[_CHECKSUM_BYTES:end]) != header.checksum:
+        raise FrameError(f"the checksum of a frame of {header.total} bytes does not fit")
