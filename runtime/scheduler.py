@@ -222,8 +222,6 @@ class Scheduler:
     def _advance(self, entry: ScheduledSequence) -> None:
         """Account for tokens that are in the cache now; fork once the prompt is."""
         sequence = entry.sequence
-        if sequence.status is not Status.RUNNING:
-            return
         prompt_left = sequence.num_prompt - sequence.num_computed
         if prompt_left > 0:
             self._counters.prompt_tokens += min(prompt_left, entry.num_new_tokens)
