@@ -9,8 +9,8 @@
     ├── Closed                 the channel was closed, by the source or here
     └── BrokenChannel          used after an error that left the ranks out of step
 
-A bad argument is a plain ValueError. It, UnsupportedTypeError and a ReceiveTimeout of `receive` leave
-a channel as it was; after any other error it refuses further use.
+A bad argument is a plain ValueError. It, UnsupportedTypeError and a ReceiveTimeout of `receive`
+leave a channel as it was; after any other error it refuses further use.
 """
 
 

@@ -115,28 +115,36 @@ class Encoder:
         Raises UnsupportedTypeError for what a frame cannot carry, ValueError for a frame above
         MAX_FRAME_BYTES; either way the next plan is none the wiser.
         """
-        if self._last is not None:
-            layout, expected, placement = self._last
-            found = expected.match(mapping)
-            if found is not None:
-                sources, plain, one_by_one = found
-                metadata = _pack(expected.dims + plain, mapping)
-                start = _start(layout, metadata)
-                if start != placement.start:
-                    placement = self._placements.get(layout, expected.dims, start, MAX_FRAME_BYTES)
-                    self._last = (layout, expected, placement)
-                return Message(layout, False, metadata, placement, sources, one_by_one)
-        return self._plan_anew(mapping)
+        try:
+            return self._plan_like_last(mapping) or self._plan_anew(mapping)
+        except UnicodeEncodeError:
+            values.check_text(mapping, "")
+            raise
+
+    def _plan_like_last(self, mapping: Mapping[Any, Any]) -> Message | None:
+        if self._last is None:
+            return None
+        layout, expected, placement = self._last
+        found = expected.match(mapping)
+        if found is None:
+            return None
+        sources, plain, one_by_one = found
+        metadata = values.pack(expected.dims + plain)
+        start = _start(layout, metadata)
+        if start != placement.start:
+            placement = self._placements.get(layout, expected.dims, start, MAX_FRAME_BYTES)
+            self._last = (layout, expected, placement)
+        return Message(layout, False, metadata, placement, sources, one_by_one)
 
     def _plan_anew(self, mapping: Mapping[Any, Any]) -> Message:
         parts = Parts(mapping)
         known = self._layouts.get(parts.root)
         layout = known or Layout(self._free_number(), parts.root)
         if known is None:
-            metadata = _pack([layout.definition(), *parts.dims, *parts.values], mapping)
+            metadata = values.pack([layout.definition(), *parts.dims, *parts.values])
             start = aligned(HEADER_BYTES + len(metadata))
         else:
-            metadata = _pack(parts.dims + parts.values, mapping)
+            metadata = values.pack(parts.dims + parts.values)
             start = _start(layout, metadata)
         try:
             if start > MAX_FRAME_BYTES:
@@ -313,14 +321,6 @@ def _blame(message: Message, region: Region, error: Exception) -> NoReturn:
         except (RuntimeError, NotImplementedError) as its_error:
             raise UnsupportedTypeError(f"{path}: {its_error}") from its_error
     raise UnsupportedTypeError(f"a tensor cannot be copied: {error}") from error
-
-
-def _pack(items: list[Any], mapping: Mapping[Any, Any]) -> bytes:
-    try:
-        return values.pack(items)
-    except UnicodeEncodeError:
-        values.check_text(mapping, "")
-        raise
 
 
 def _start(layout: Layout, metadata: bytes) -> int:

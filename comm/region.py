@@ -81,6 +81,10 @@ class Region:
         """The tensors of a frame that lies here; the caller must not change the list."""
         views = self._views.get(placement)
         if views is None:
+            if torch.is_inference_mode_enabled():
+                # A view made there could not be written by a later frame outside of it.
+                with torch.inference_mode(False):
+                    return self.views(placement)
             views = [self._view(*tensor) for tensor in placement.tensors]
             _keep(self._views, placement, views)
         return views
