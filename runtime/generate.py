@@ -105,6 +105,7 @@ def _count(figures: RunFigures, engine: Engine, rank: Rank) -> None:
     figures.generated_tokens = counters.generated_tokens
     figures.steps = engine.scheduler.step
     figures.broadcasts = rank.channel.broadcasts
+    figures.growth_steps = figures.broadcasts - figures.steps  # a second one for the rest
     figures.frame_bytes = engine.frames.frame_bytes
     figures.metadata_bytes = engine.frames.metadata_bytes
     figures.swapped_out = counters.swapped_out

@@ -69,7 +69,7 @@ def _run_table(figures: RunFigures) -> Table:
         (
             "control broadcasts per step",
             f"{figures.broadcasts / steps:.2f} ({figures.broadcasts:,} for {figures.steps:,} "
-            f"frames; {figures.growth_steps} outgrew the capacity)",
+            f"frames, {figures.growth_steps} of which outgrew the capacity)",
         ),
         (
             "frame metadata per step",

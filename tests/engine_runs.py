@@ -1,4 +1,4 @@
-"""Runs the whole engine on real ranks and reports what it did. A helper of the tests, not a test."""
+"""Runs the whole engine on real ranks and reports what it did. A helper, not a test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ def run_cases(cases: Sequence[Case], tp: int = 1) -> list[Outcome]:
     return outcomes
 
 
-def _run_cases(cases: list[Case]) -> list[Outcome] | list[int]:
+def _run_cases(rank: int, cases: list[Case]) -> list[Outcome] | list[int]:
     torch.set_num_threads(1)
     group = dist.new_group(group_desc="control")
     assert group is not None
@@ -89,13 +89,13 @@ def _run_cases(cases: list[Case]) -> list[Outcome] | list[int]:
         )
         channel = open_channel(group, timeout_s=60)
         executor = StepExecutor(model, kv_cache, NullObserver())
-        if dist.get_rank() == 0:
+        if rank == 0:
             calls.clear()
             outcomes.append(_drive(case, channel, executor, calls))
         else:
             steps.append(executor.follow(channel))
         channel.close()
-    return outcomes if dist.get_rank() == 0 else steps
+    return outcomes if rank == 0 else steps
 
 
 def _count_broadcasts(group: dist.ProcessGroup) -> list[int]:

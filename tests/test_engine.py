@@ -78,8 +78,11 @@ def test_greedy_tokens_equal_transformers_under_every_schedule(
         tp,
     )
     for (family, schedule), outcome in zip(names, outcomes, strict=True):
-        for number, prompt in enumerate(prompts):
-            assert_greedy_as_transformers(checkpoints[family], prompt, outcome, number)
+        roomy = outcomes[names.index((family, "roomy"))]
+        if outcome is roomy:
+            for number, prompt in enumerate(prompts):
+                assert_greedy_as_transformers(checkpoints[family], prompt, outcome, number)
+        assert outcome.token_ids == roomy.token_ids, (family, schedule)
         assert bool(outcome.swapped_out) == ("swapping" in schedule), schedule
         assert bool(outcome.recomputes) == (schedule == "recomputing"), schedule
         assert outcome.swapped_in == outcome.swapped_out
@@ -90,8 +93,8 @@ def test_greedy_tokens_equal_transformers_under_every_schedule(
 def test_every_request_swapped_at_least_once_still_gives_the_same_tokens(
     checkpoints: dict[str, Path], tp: int
 ) -> None:
-    prompts = prompts_of((30,) * 8, 250)
-    case = Case(checkpoints["llama"], prompts, [GREEDY] * 8, num_blocks=14)
+    prompts = prompts_of((8,) * 6, 250)
+    case = Case(checkpoints["llama"], prompts, [GREEDY] * 6, num_blocks=11, block_size=4)
     (outcome,) = run_cases([case], tp)
     assert min(outcome.swaps) >= 1, outcome.swaps
     for number, prompt in enumerate(prompts):
@@ -151,7 +154,7 @@ def test_a_thousand_steps_take_one_broadcast_each_but_for_growth(
     assert outcome.frames == outcome.steps
     assert outcome.group_broadcasts == outcome.channel_broadcasts
     growth = outcome.group_broadcasts - outcome.steps
-    assert 0 <= growth <= 4, f"{growth} frames outgrew the capacity"
+    assert 0 <= growth <= 12, f"{growth} frames outgrew the capacity"
     assert outcome.swapped_out > 0
     assert outcome.copied > 0
 

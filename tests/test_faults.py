@@ -62,6 +62,10 @@ def wait_for_results(output: Path, count: int, process: subprocess.Popen[str]) -
     wait_for(enough, f"{count} results in {output}")
 
 
+def wait_for_end(pids: set[int]) -> None:
+    wait_for(lambda: not pids & onecast_processes(), f"the ranks {pids} to end", 20)
+
+
 def assert_all_answered_once(output: Path) -> None:
     names = [result["custom_id"] for result in read_results(output)]
     assert sorted(names) == sorted(f"r{i}" for i in range(NUM_REQUESTS))
@@ -105,7 +109,7 @@ def test_kills_at_random_moments_lose_nothing_and_double_nothing(batch: Path) ->
             os.kill(target, signal.SIGKILL)
             kills += 1
         status, _, err = finish(process, 60)
-        wait_for(lambda: not set(ranks.values()) & onecast_processes(), "the ranks to end", 20)
+        wait_for_end(set(ranks.values()))
         assert status in (0, 1, -signal.SIGKILL), err
         if status == 0:
             break
@@ -138,4 +142,4 @@ def test_a_killed_launcher_takes_its_ranks_with_it(batch: Path) -> None:
     ranks = set(rank_processes(process.pid).values())
     process.kill()
     finish(process, 30)
-    wait_for(lambda: not ranks & onecast_processes(), "the orphaned ranks to end", 20)
+    wait_for_end(ranks)

@@ -1,4 +1,4 @@
-"""`onecast generate` on the shipped checkpoint: answers, errors in their place, nothing left over."""
+"""`onecast generate` on the shipped checkpoint: answers, errors in place, nothing left over."""
 
 import json
 import os
