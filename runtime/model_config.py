@@ -4,12 +4,11 @@ Owns the reading of Hugging Face configurations of the Llama family, old and new
 says which tensor-parallel sizes a model allows. Knows nothing of torch, of weights or of requests.
 """
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from .json_fields import Fields
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -74,10 +73,12 @@ class ModelConfig:
         directory = Path(path)
         if not directory.is_dir():
             raise ValueError(f"model directory {directory} does not exist")
-        fields = _Fields(directory / "config.json")
+        fields = Fields.read(directory / "config.json")
         generation = directory / "generation_config.json"
         if generation.exists():
-            eos = _Fields(generation).token_ids("eos_token_id") or fields.token_ids("eos_token_id")
+            eos = Fields.read(generation).token_ids("eos_token_id") or fields.token_ids(
+                "eos_token_id"
+            )
         else:
             eos = fields.token_ids("eos_token_id")
         return _parse(fields, eos)
@@ -120,7 +121,7 @@ class ModelConfig:
         return ", ".join(map(str, sizes))
 
 
-def _parse(fields: "_Fields", eos_token_ids: tuple[int, ...]) -> ModelConfig:
+def _parse(fields: Fields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     architecture = _architecture(fields)
     if fields.values.get("quantization_config"):
         method = fields.section("quantization_config").get("quant_method", "unknown")
@@ -167,7 +168,7 @@ def _parse(fields: "_Fields", eos_token_ids: tuple[int, ...]) -> ModelConfig:
     )
 
 
-def _architecture(fields: "_Fields") -> str:
+def _architecture(fields: Fields) -> str:
     architectures = fields.values.get("architectures") or []
     if not isinstance(architectures, list):
         raise fields.error(f"architectures is {architectures!r}, not a list")
@@ -181,7 +182,7 @@ def _architecture(fields: "_Fields") -> str:
 
 
 def _sliding_window(
-    fields: "_Fields", architecture: str, max_position_embeddings: int, num_layers: int
+    fields: Fields, architecture: str, max_position_embeddings: int, num_layers: int
 ) -> int | None:
     """The window of all layers. Windows on some layers only (Qwen) are refused."""
     if architecture == "MistralForCausalLM":
@@ -205,7 +206,7 @@ def _sliding_window(
     return None
 
 
-def _dtype(fields: "_Fields") -> str | None:
+def _dtype(fields: Fields) -> str | None:
     dtype = fields.values.get("dtype") or fields.values.get("torch_dtype")
     if dtype is None:
         return None
@@ -214,10 +215,10 @@ def _dtype(fields: "_Fields") -> str | None:
     return str(dtype)
 
 
-def _rope(fields: "_Fields", max_position_embeddings: int) -> RopeConfig:
+def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     """Both layouts: `rope_parameters` (transformers 5), and `rope_scaling` beside `rope_theta`."""
     key = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
-    rope = _Fields.within(fields, key)
+    rope = fields.within(key)
     rope_type = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise fields.error(
@@ -260,7 +261,7 @@ def _rope(fields: "_Fields", max_position_embeddings: int) -> RopeConfig:
     )
 
 
-def _yarn_attention_factor(rope: "_Fields", factor: float) -> float:
+def _yarn_attention_factor(rope: Fields, factor: float) -> float:
     """YaRN's temperature on attention, as transformers derives it (arXiv 2309.00071, eq. 22)."""
 
     def scale(weight: float) -> float:
@@ -271,74 +272,3 @@ def _yarn_attention_factor(rope: "_Fields", factor: float) -> float:
     if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
         return scale(rope.positive("mscale")) / scale(rope.positive("mscale_all_dim"))
     return scale(1.0)
-
-
-class _Fields:
-    """The values of one JSON object, read with errors that name file, key and value."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any] | None = None, prefix: str = ""):
-        self.path = path
-        self._prefix = prefix
-        self.values = _read_object(path) if values is None else values
-
-    @classmethod
-    def within(cls, outer: "_Fields", key: str) -> "_Fields":
-        return cls(outer.path, outer.section(key), f"{key}.")
-
-    def error(self, message: str) -> ValueError:
-        return ValueError(f"{self.path}: {message}")
-
-    def section(self, key: str) -> Mapping[str, Any]:
-        section = self.values.get(key) or {}
-        if not isinstance(section, dict):
-            raise self.error(f"{self._prefix}{key} is {section!r}, not an object")
-        return section
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(f"{self._prefix}{key} is {value!r}, not a whole number of at least 1")
-        return value
-
-    def positive(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not 0 < value < math.inf
-        ):
-            raise self.error(f"{self._prefix}{key} is {value!r}, not a number above 0")
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self.error(f"{self._prefix}{key} is {value!r}, not true or false")
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.values.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-            raise self.error(f"{self._prefix}{key} is {value!r}, not a token id or a list of them")
-        return tuple(ids)
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(f"{self._prefix}{key} is missing")
-        return value
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object")
-    return values
