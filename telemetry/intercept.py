@@ -33,7 +33,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any, Protocol
 
-from .ring import COLLECTIVE, UNWAITED, pack_meta
+from .ring import COLLECTIVE, UNWAITED, pack_meta, with_dtype
 
 
 class Recorder(Protocol):
@@ -102,17 +102,18 @@ class _Group:
 
 
 class _Operation:
-    """One operation of one group: its meta word, its sequence numbers, its payload factor.
+    """One operation of one group: its meta words by dtype and its sequence numbers.
 
     `numbers` is by how much one call moves the group's own sequence number, seen at the first:
     1 as a rule, but 2 for Gloo's reduce_scatter of two ranks and 0 for NCCL's point-to-point.
     """
 
-    __slots__ = ("factor", "last", "meta", "next_sequence", "numbers", "refused")
+    __slots__ = ("group_size", "last", "meta", "metas", "next_sequence", "numbers", "refused")
 
-    def __init__(self, meta: int, factor: int) -> None:
+    def __init__(self, meta: int, group_size: int) -> None:
         self.meta = meta
-        self.factor = factor
+        self.metas: dict[Any, int] = {}
+        self.group_size = group_size
         self.next_sequence = itertools.count(1).__next__
         self.last = 0
         self.numbers: int | None = None
@@ -229,7 +230,7 @@ class CollectiveInstrumentor:
         setattr(owner, name, replacement)
         self._patches.append((owner, name, entry, replacement))
 
-    def _attach(self, handle: Any, name: str, per_rank: bool) -> _Operation:
+    def _attach(self, handle: Any, name: str) -> _Operation:
         """First sight of an operation on a group."""
         recorder = self._recorder
         assert recorder is not None
@@ -243,7 +244,7 @@ class CollectiveInstrumentor:
                 meta = pack_meta(
                     COLLECTIVE, recorder.intern(name), group.entry, group_size=group.size
                 )
-                operation = _Operation(meta, group.size if per_rank else 1)
+                operation = _Operation(meta, group.size)
                 group.operations[name] = operation
             return operation
 
@@ -256,8 +257,8 @@ class CollectiveInstrumentor:
         assert recorder is not None
         begin, end, fail, intern = recorder.begin, recorder.end, recorder.fail, recorder.intern
         attach, live, reference = self._attach, self._live, weakref.ref
-        known: dict[int, tuple[_Operation, weakref.ref[Any]]] = {}
-        dtypes: dict[Any, int] = {}
+        known: dict[int, _Operation] = {}  # by id of the group
+        watches: dict[int, weakref.ref[Any]] = {}  # take an id out again when its group is gone
         keywords = (_OUTPUTS, _INPUTS)[max(payload, 0)]
         direct = owner.__name__ == "Backend"
 
@@ -269,34 +270,39 @@ class CollectiveInstrumentor:
                     return
 
         def operation_of(handle: Any) -> _Operation:
-            operation = attach(handle, name, per_rank)
+            operation = attach(handle, name)
             key = id(handle)
-            known[key] = operation, weakref.ref(handle, lambda _: known.pop(key, None))
+            known[key] = operation
+
+            def gone(_: object) -> None:
+                known.pop(key, None)
+                watches.pop(key, None)
+
+            watches[key] = weakref.ref(handle, gone)
             return operation
 
-        def measure(value: Any) -> tuple[int, int]:
-            """Bytes and dtype of a tensor or of a (nested) list of tensors."""
+        def measure(operation: _Operation, value: Any) -> tuple[int, int]:
+            """Bytes and meta word of a tensor or of a (nested) list of tensors."""
             if isinstance(value, (list, tuple)):
-                parts = [measure(part) for part in value]
-                return sum(nbytes for nbytes, _ in parts), parts[0][1] if parts else 0
+                parts = [measure(operation, part) for part in value]
+                return sum(nbytes for nbytes, _ in parts), parts[0][1] if parts else operation.meta
             if not hasattr(value, "element_size"):
-                return 0, 0  # no tensor: the call itself will say what is wrong with it
-            number = dtypes.get(value.dtype)
-            if number is None:
-                number = intern(str(value.dtype).removeprefix("torch."))
-                dtypes[value.dtype] = number
-            return value.numel() * value.element_size(), number
+                return 0, operation.meta  # no tensor: the call itself will say so
+            meta = operation.metas.get(value.dtype)
+            if meta is None:
+                dtype = intern(str(value.dtype).removeprefix("torch."))
+                meta = operation.metas[value.dtype] = with_dtype(operation.meta, dtype)
+            return value.numel() * value.element_size(), meta
 
         def call(handle: Any, *args: Any, **kwargs: Any) -> Any:
             if not live[0] or (direct and _recorded_above(code, live)):
                 return original(handle, *args, **kwargs)
-            found = known.get(id(handle))
-            if found is not None:
-                operation = found[0]
-            else:
+            operation = known.get(id(handle))
+            issued = None
+            if operation is None:
                 operation = operation_of(handle)
                 issued = handle._get_sequence_number_for_group()
-            nbytes = dtype = 0
+            nbytes, meta = 0, operation.meta
             if payload >= 0:
                 if len(args) > payload:
                     value = args[payload]
@@ -305,12 +311,14 @@ class CollectiveInstrumentor:
                 if type(value) is list and len(value) == 1:
                     value = value[0]
                 try:  # the usual case: one tensor of a known dtype
-                    dtype = dtypes[value.dtype]
+                    meta = operation.metas[value.dtype]
                     nbytes = value.nbytes
                 except (AttributeError, KeyError, RuntimeError):
-                    nbytes, dtype = measure(value)
+                    nbytes, meta = measure(operation, value)
+                if per_rank:
+                    nbytes *= operation.group_size
             operation.last = sequence = operation.next_sequence()
-            ticket = begin(operation.meta | dtype << 28, sequence, nbytes * operation.factor)
+            ticket = begin(meta, sequence, nbytes)
             try:
                 work = original(handle, *args, **kwargs)
             except BaseException as error:
@@ -319,7 +327,7 @@ class CollectiveInstrumentor:
                 if operation.numbers is None:
                     known.pop(id(handle), None)  # the next call is the first again
                 raise
-            if found is None and operation.numbers is None:
+            if issued is not None and operation.numbers is None:
                 operation.numbers = handle._get_sequence_number_for_group() - issued
             if work is None:
                 end(ticket)
@@ -337,16 +345,16 @@ class CollectiveInstrumentor:
         end, fail = recorder.end, recorder.fail
         take = pending.pop
 
-        def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
+        def wait(work: Any, timeout: Any = None) -> Any:
             found = take(id(work), None)
-            if found is None:
-                return original(work, *args, **kwargs)
             try:
-                result = original(work, *args, **kwargs)
+                result = original(work) if timeout is None else original(work, timeout)
             except BaseException as error:
-                fail(found[1], error)
+                if found is not None:
+                    fail(found[1], error)
                 raise
-            end(found[1])
+            if found is not None:
+                end(found[1])
             return result
 
         return wait

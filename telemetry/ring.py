@@ -86,6 +86,11 @@ def pack_meta(kind: int, name: int = 0, group: int = 0, dtype: int = 0, group_si
     )
 
 
+def with_dtype(meta: int, dtype: int) -> int:
+    """A meta word packed without a dtype, with one."""
+    return meta | dtype << _DTYPE_SHIFT
+
+
 def meta_kind(meta: int) -> int:
     return meta & 0xF
 
