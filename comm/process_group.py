@@ -45,7 +45,8 @@ class ProcessGroupChannel:
     """See `Channel`. `src` is a global rank, a member of `group`, as in `dist.broadcast`.
 
     Opening is a collective call. Closing is one too: the source says goodbye with a last frame, and
-    a receiver that closes waits for it, passing over the frames before it.
+    a receiver that closes waits for it, passing over the frames before it. Between a ReceiveTimeout
+    and the frame that it awaited a broadcast is under way: the group can carry nothing else then.
     """
 
     name = "process-group"

@@ -1,0 +1,536 @@
+"""The channel over a process group, on real ranks: one broadcast a frame, and honest errors."""
+
+import gc
+import logging
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, given, settings
+from test_frame import assert_arrived, block_message, mappings
+
+import onecast.comm
+from onecast.comm import (
+    BrokenChannel,
+    Closed,
+    FrameError,
+    OutOfStep,
+    PeerLost,
+    ProcessGroupChannel,
+    ReceiveTimeout,
+    UnsupportedTypeError,
+    open_channel,
+    staging,
+)
+from onecast.comm.ladder import SMALLEST, WINDOW, Capacity, rung
+from onecast.comm.region import POISON
+from onecast.comm.testing import RankFailed, run_ranks
+
+WORLD = 4
+
+
+def collectives() -> int:
+    """How many collectives the default group has carried out, by its own count."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world._get_sequence_number_for_group()
+
+
+def exchange(channel: Any, mapping: Any) -> Any:
+    """The frame of `mapping`, on either side."""
+    return channel.publish(mapping) if channel.is_source else channel.receive()
+
+
+# ---- what holds in a healthy world: each of these runs on all four ranks of one
+
+
+def every_mapping_arrives(rank: int) -> None:
+    channel = ProcessGroupChannel(src=1)
+
+    # Derandomised, every rank draws the same mappings: the others know what rank 1 sends.
+    @settings(
+        derandomize=True,
+        database=None,
+        deadline=None,
+        max_examples=150,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(mappings)
+    def check(mapping: Any) -> None:
+        for _ in range(2):
+            capacity, before = channel.capacity, collectives()
+            with exchange(channel, mapping) as frame:
+                assert_arrived(mapping, frame.mapping)
+                assert collectives() - before == (1 if frame.nbytes <= capacity else 2)
+                assert frame.sequence == channel.sequence - 1
+
+    check()
+    assert channel.sequence == 300
+    channel.close()
+
+
+def sizes_go_up_and_down(rank: int) -> list[tuple[int, int]]:
+    channel = ProcessGroupChannel()
+    steps = []
+    for count in [0, 1, 5000, 20, 5000, 5001, 0, 300_000, 7, 299_000]:
+        mapping = {"a": torch.arange(count), "text": "x" * (count % 3000)}
+        before = channel.broadcasts
+        with exchange(channel, mapping) as frame:
+            assert_arrived(mapping, frame.mapping)
+            steps.append((channel.broadcasts - before, frame.nbytes))
+    channel.close()
+    return steps
+
+
+def capacity_follows_the_frames(rank: int) -> list[int]:
+    channel = ProcessGroupChannel()
+    capacities = [channel.capacity]
+    counts = [10, 40_000, *[10] * 3 * WINDOW, 20, 40_000, *[10] * 5]
+    for count in counts:
+        mapping = {"a": torch.arange(count)}
+        with exchange(channel, mapping) as frame:
+            assert_arrived(mapping, frame.mapping)
+        if channel.capacity != capacities[-1]:
+            capacities.append(channel.capacity)
+    channel.close()
+    return capacities
+
+
+def metadata_alone_outgrows_the_capacity(rank: int) -> None:
+    channel = ProcessGroupChannel()
+    mapping = {f"a key of some length {i}": torch.tensor([i]) for i in range(500)}
+    for _ in range(2):
+        assert_arrived(mapping, exchange(channel, mapping).mapping)
+    assert_arrived({"text": "x" * 200_000}, exchange(channel, {"text": "x" * 200_000}).mapping)
+    channel.close()
+
+
+def what_cannot_travel_leaves_the_ranks_in_step(rank: int) -> None:
+    channel = ProcessGroupChannel()
+    for _ in range(3):
+        before = collectives(), channel.sequence, channel.capacity
+        if channel.is_source:
+            with pytest.raises(UnsupportedTypeError, match=r"a\[1\]: object of type object"):
+                channel.publish({"big": torch.arange(100_000), "a": [1, object()]})
+            with pytest.raises(UnsupportedTypeError, match="b: "):
+                channel.publish({"a": torch.ones(1), "b": torch.empty(1, device="meta")})
+        assert (collectives(), channel.sequence, channel.capacity) == before
+        assert_arrived(block_message(), exchange(channel, block_message()).mapping)
+    channel.close()
+
+
+def released_frames_are_gone(rank: int) -> None:
+    channel = ProcessGroupChannel(poison=True)
+    for step in range(3):
+        with exchange(channel, {"ids": torch.arange(8), "step": step}) as frame:
+            ids = frame.mapping["ids"]
+            assert ids.tolist() == list(range(8))
+        assert set(ids.view(torch.uint8).tolist()) == {POISON}, "a stale view must show"
+        with pytest.raises(ValueError, match=f"frame {step} was released"):
+            _ = frame.mapping
+        frame.release()
+    kept = exchange(channel, {"ids": torch.arange(8), "step": 3})
+    after = exchange(channel, {"ids": torch.arange(8), "step": 4})
+    with pytest.raises(ValueError, match="frame 3 was released"):
+        _ = kept.mapping
+    assert after.mapping["step"] == 4
+    channel.close()
+    with pytest.raises(ValueError, match="frame 4 was released"):
+        _ = after.mapping
+
+
+def a_group_of_some_ranks(rank: int) -> str:
+    members = [1, 3]
+    group = dist.new_group(members)
+    if rank not in members:
+        with pytest.raises(ValueError, match=f"rank {rank} is not in the group"):
+            open_channel(group, src=3)
+        return "outside"
+    with pytest.raises(ValueError, match=r"src is 0, a global rank; the group has .*\[1, 3\]"):
+        open_channel(group, src=0)
+    there, back = ProcessGroupChannel(group, src=3), ProcessGroupChannel(group, src=1)
+    for step in range(5):
+        assert exchange(there, {"step": step}).mapping == {"step": step}
+        assert exchange(back, {"answer": -step}).mapping == {"answer": -step}
+    there.close()
+    back.close()
+    return "inside"
+
+
+def closing_is_orderly(rank: int) -> None:
+    channel = open_channel()
+    if rank == 0:
+        channel.publish({"a": 1})
+        channel.publish({"a": 2})
+        channel.close()
+        with pytest.raises(Closed):
+            channel.publish({"a": 3})
+    else:
+        assert channel.receive().mapping == {"a": 1}
+        if rank != 1:  # rank 1 closes without having received the second
+            assert channel.receive().mapping == {"a": 2}
+            with pytest.raises(Closed, match="rank 0 closed the channel after 2 frames"):
+                channel.receive()
+        channel.close()
+        with pytest.raises(Closed):
+            channel.receive()
+    channel.close()
+    dist.barrier()  # nothing was left under way
+
+
+def each_side_has_its_call(rank: int) -> None:
+    channel = open_channel()
+    with pytest.raises(ValueError, match="the source is rank 0"):
+        if rank == 0:
+            channel.receive()
+        else:
+            channel.publish({})
+    channel.close()
+
+
+def ranks_that_disagree_are_told(rank: int) -> None:
+    with pytest.raises(ValueError, match=r"disagree about src: \{0: 0, 1: 0, 2: 1, 3: 0\}"):
+        open_channel(src=int(rank == 2))
+    with pytest.raises(ValueError, match="timeout_s is 0"):
+        open_channel(timeout_s=0)
+    with pytest.raises(ValueError, match="device is meta"):
+        open_channel(device="meta")
+
+
+class Recorder:
+    """A probe that keeps what it is told, and fails when asked to."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, ...]] = []
+        self.fails = False
+
+    def published(self, *numbers: int) -> None:
+        if self.fails:
+            raise RuntimeError("the probe's own trouble")
+        self.told.append(numbers)
+
+    received = published
+
+
+def the_probe_is_told(rank: int) -> list[tuple[int, ...]]:
+    probe = Recorder()
+    channel = open_channel(probe=probe)
+    for count in [1, 1, 1000]:
+        exchange(channel, {"a": torch.arange(count)})
+    told = probe.told.copy()
+    for numbers in told:
+        assert numbers[4] <= numbers[5] <= numbers[6] <= time.perf_counter_ns()
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("onecast").addHandler(handler)
+    probe.fails = True
+    for _ in range(3):
+        assert exchange(channel, {"a": 1}).mapping == {"a": 1}
+    logging.getLogger("onecast").removeHandler(handler)
+    assert messages == ["the probe failed; it is removed"]
+    channel.close()
+    return [numbers[:4] for numbers in told]
+
+
+def a_channel_does_not_keep_its_group(rank: int) -> None:
+    group = dist.new_group()
+    assert group is not None
+    channel, alive = open_channel(group), weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(onecast.comm.CommError, match="the process group was destroyed"):
+        exchange_on = channel.publish if rank == 0 else lambda mapping: channel.receive()
+        exchange_on({"a": 1})
+
+
+class HostEvent:
+    """Stands for a CUDA event where every copy is over at once."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def device_staging_moves_the_same_bytes(rank: int) -> None:
+    """The bookkeeping of the GPU path, on host memory in the place of a device's."""
+    event, zeros = torch.cuda.Event, staging._zeros
+    torch.cuda.Event = HostEvent  # type: ignore[assignment, misc]
+    staging._zeros = lambda nbytes, pinned: zeros(nbytes, pinned=False)
+    try:
+        channel = ProcessGroupChannel()
+        channel._staging = staging.DeviceStaging(torch.device("cpu"))
+        for mapping in [
+            block_message(),
+            block_message(),
+            {"array": torch.arange(5).numpy(), "on device": torch.ones(3), "n": 1},
+            {"array": torch.arange(5000).numpy(), "on device": torch.ones(3), "n": 2},
+            {"metadata beyond the first copy": "x" * 10_000, **block_message()},
+            {"metadata beyond the first copy": "y" * 10_000, **block_message()},
+            {"small": torch.ones(1)},
+        ]:
+            for _ in range(2):
+                with exchange(channel, mapping) as frame:
+                    assert_arrived(mapping, frame.mapping)
+        channel.close()
+    finally:
+        torch.cuda.Event, staging._zeros = event, zeros  # type: ignore[misc]
+
+
+HEALTHY: list[Callable[[int], Any]] = [
+    every_mapping_arrives,
+    sizes_go_up_and_down,
+    capacity_follows_the_frames,
+    metadata_alone_outgrows_the_capacity,
+    what_cannot_travel_leaves_the_ranks_in_step,
+    released_frames_are_gone,
+    a_group_of_some_ranks,
+    closing_is_orderly,
+    each_side_has_its_call,
+    ranks_that_disagree_are_told,
+    the_probe_is_told,
+    a_channel_does_not_keep_its_group,
+    device_staging_moves_the_same_bytes,
+]
+
+
+def run_healthy(rank: int) -> dict[str, Any]:
+    results = {}
+    for scenario in HEALTHY:
+        results[scenario.__name__] = scenario(rank)
+        dist.barrier()
+    return results
+
+
+@pytest.fixture(scope="module")
+def healthy() -> list[dict[str, Any]]:
+    """What each scenario returned, by rank; a failed assertion of any fails all."""
+    return run_ranks(run_healthy, WORLD, timeout_s=120)
+
+
+@pytest.mark.parametrize("scenario", HEALTHY, ids=lambda scenario: scenario.__name__)
+def test_in_a_healthy_world(healthy, scenario):
+    assert all(scenario.__name__ in results for results in healthy)
+
+
+def test_a_frame_that_outgrows_the_capacity_costs_a_second_broadcast_once(healthy):
+    steps = [results["sizes_go_up_and_down"] for results in healthy]
+    assert steps == [steps[0]] * WORLD
+    assert [broadcasts for broadcasts, _ in steps[0]] == [1, 1, 2, 1, 1, 1, 1, 2, 1, 1]
+
+
+def test_capacity_shrinks_after_long_under_use_on_all_ranks_alike(healthy):
+    capacities = [results["capacity_follows_the_frames"] for results in healthy]
+    large = rung(40_000 * 8 + 64)
+    assert capacities == [[SMALLEST, large, SMALLEST, large]] * WORLD
+
+
+def test_only_members_of_a_group_take_part(healthy):
+    inside = [results["a_group_of_some_ranks"] for results in healthy]
+    assert inside == ["outside", "inside", "outside", "inside"]
+
+
+def test_the_probe_is_told_sequence_bytes_and_broadcasts_on_every_rank(healthy):
+    told = [results["the_probe_is_told"] for results in healthy]
+    assert told == [told[0]] * WORLD
+    sequences, frame_bytes, metadata_bytes, broadcasts = zip(*told[0], strict=True)
+    assert sequences == (0, 1, 2)
+    assert frame_bytes == (64 + 8, 64 + 8, 64 + 8000)
+    assert metadata_bytes[1:] == (28 + 2, 28 + 4)
+    assert broadcasts == (1, 1, 2)
+
+
+# ---- what is told when something breaks: each in a world of its own
+
+
+def lose_the_source(rank: int) -> Any:
+    channel = open_channel(timeout_s=30)
+    if rank == 1:
+        return receive_until_lost(channel)
+    if rank == 0:
+        channel.publish({"a": 1})
+        os.kill(os.getpid(), signal.SIGKILL)
+    channel.receive()
+    return receive_until_lost(channel)
+
+
+def receive_until_lost(channel: Any) -> tuple[int, str, float]:
+    start = time.monotonic()
+    with pytest.raises(PeerLost) as lost:
+        while True:
+            channel.receive()
+    seconds = time.monotonic() - start
+    with pytest.raises(BrokenChannel, match="PeerLost"):
+        channel.receive()
+    channel.close()
+    return lost.value.rank, str(lost.value), seconds
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_killed_source_is_named_by_every_receiver(world_size):
+    with pytest.raises(RankFailed, match="SIGKILL") as failed:
+        run_ranks(lose_the_source, world_size)
+    assert sorted(failed.value.results) == list(range(1, world_size))
+    for rank, text, seconds in failed.value.results.values():
+        assert rank == 0
+        assert "rank 0 is lost" in text
+        assert seconds < 10
+
+
+def lose_a_receiver(rank: int) -> Any:
+    channel = open_channel(timeout_s=30)
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        return receive_until_lost(channel)
+    with pytest.raises(PeerLost) as lost:
+        for _ in range(200):
+            channel.publish({"a": 1})
+            time.sleep(0.05)
+    with pytest.raises(BrokenChannel):
+        channel.publish({"a": 1})
+    channel.close()
+    return lost.value.rank, str(lost.value), 0.0
+
+
+def test_a_killed_receiver_is_named_by_all_others():
+    with pytest.raises(RankFailed, match="SIGKILL") as failed:
+        run_ranks(lose_a_receiver, 3)
+    results = failed.value.results
+    assert {rank: lost for rank, (lost, _, _) in results.items()} == {0: 2, 1: 2}
+
+
+def time_out(rank: int) -> None:
+    channel = open_channel(timeout_s=20)
+    gate = dist.new_group()  # on the channel's own group a broadcast is under way
+    if rank == 0:
+        channel.publish({"a": 1})
+        dist.barrier(gate)
+        channel.publish({"a": torch.arange(1000)})
+        channel.close()
+        return
+    assert channel.receive(timeout_s=20).mapping == {"a": 1}
+    for timeout_s in (0, 0.3):
+        start = time.monotonic()
+        with pytest.raises(ReceiveTimeout, match="in vain for frame 1 from rank 0") as late:
+            channel.receive(timeout_s=timeout_s)
+        assert isinstance(late.value, TimeoutError)
+        assert timeout_s <= time.monotonic() - start < 5
+    # gone on with: the frame that was awaited in vain comes with a later call
+    dist.barrier(gate)
+    assert len(channel.receive().mapping["a"]) == 1000
+    with pytest.raises(Closed):
+        channel.receive()
+
+
+def test_a_wait_that_ends_names_what_it_waited_for_and_can_be_taken_up_again():
+    run_ranks(time_out, 2)
+
+
+def disturb(rank: int) -> str:
+    channel = ProcessGroupChannel(timeout_s=20)
+    exchange(channel, {"a": 1})
+    exchange(channel, {"a": 1})
+    if rank == 0:  # some other broadcast of this size, in the place of a frame
+        dist.broadcast(torch.full((channel.capacity,), 7, dtype=torch.uint8), src=0)
+        return ""
+    with pytest.raises(FrameError, match="no frame of this version"):
+        channel.receive()
+    with pytest.raises(BrokenChannel, match="no frame of this version"):
+        channel.receive()
+    channel.close()
+    return "told"
+
+
+def fall_out_of_step(rank: int) -> str:
+    channel = ProcessGroupChannel(timeout_s=20)
+    exchange(channel, {"a": 1})
+    if rank == 0:
+        channel.sequence += 5
+        channel.publish({"a": 1})
+        return ""
+    with pytest.raises(OutOfStep, match=r"frame 1 was due, frame 6 \(layout 0\) arrived"):
+        channel.receive()
+    with pytest.raises(BrokenChannel):
+        channel.receive()
+    return "told"
+
+
+@pytest.mark.parametrize("trouble", [disturb, fall_out_of_step])
+def test_a_receiver_out_of_step_is_told_so_and_refuses_further_use(trouble):
+    assert run_ranks(trouble, 2) == ["", "told"]
+
+
+def exchange_on_gpu(rank: int, backend: str) -> None:
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    channel = ProcessGroupChannel(device="cuda", timeout_s=30)
+    addresses = set()
+    for step in range(5):
+        mapping = {**block_message(), "step": step, "there": torch.ones(7, device="cuda")}
+        with exchange(channel, mapping) as frame:
+            got = frame.mapping
+            assert got["step"] == step
+            assert all(got[key].is_cuda for key in (*block_message(), "there"))
+            assert_arrived(block_message(), {key: got[key].cpu() for key in block_message()})
+            if step:
+                addresses.add(got["copy"].data_ptr())
+    assert len(addresses) == 1
+    channel.close()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_frames_arrive_on_the_gpu_at_stable_addresses(backend):
+    if torch.cuda.device_count() < (2 if backend == "nccl" else 1):
+        pytest.skip("needs a GPU, NCCL one per rank")
+    run_ranks(exchange_on_gpu, 2, backend, backend=backend)
+
+
+# ---- without ranks
+
+
+def test_opening_without_a_process_group_is_refused():
+    with pytest.raises(ValueError, match=r"torch\.distributed is not initialised"):
+        open_channel()
+
+
+def test_an_unknown_transport_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="transport is 'carrier-pigeon'; there are: auto, process"):
+        open_channel(transport="carrier-pigeon")
+
+
+def test_rungs_hold_what_they_must_and_waste_a_quarter_at_most():
+    for nbytes in [*range(1, 20_000), 10**6, 10**9, (1 << 32) - 1]:
+        assert nbytes <= rung(nbytes)
+        assert rung(nbytes) <= max(SMALLEST, nbytes * 1.25)
+        assert rung(rung(nbytes)) == rung(nbytes)
+        assert rung(nbytes) % 64 == 0
+
+
+def test_capacity_does_not_shrink_while_frames_still_fill_half_of_it():
+    capacity = Capacity()
+    capacity.saw(100_000)
+    large = capacity.nbytes
+    for step in range(10 * WINDOW):
+        capacity.saw(60_000 if step % WINDOW == 5 else 10)
+        assert capacity.nbytes == large
+
+
+def test_the_package_names_exactly_what_it_offers():
+    offered = {
+        name
+        for name, value in vars(onecast.comm).items()
+        if getattr(value, "__module__", "").startswith("onecast.comm") and name[0] != "_"
+    }
+    assert offered == set(onecast.comm.__all__)
+    assert onecast.comm.__all__ == sorted(onecast.comm.__all__)
