@@ -356,3 +356,14 @@ def test_two_ranks_in_bfloat16_stay_as_close_to_float32_as_one_rank_does(tmp_pat
     ]
     theirs = [(a - b)[generated].abs() for a, b in zip(rounded, exact, strict=True)]
     assert torch.cat(ours).mean() <= 1.3 * torch.cat(theirs).mean()
+
+
+def test_the_documented_model_of_ones_own_runs() -> None:
+    from onecast.runtime import model_runner
+
+    lines = (model_runner.__doc__ or "").splitlines()
+    example = "\n".join(line[4:] for line in lines if line.startswith("    "))
+    names: dict[str, Any] = {"CacheSpec": model_runner.CacheSpec, "torch": torch}
+    exec(example, names)
+    player = Player(names["Uniform"](), prompts_of((3, 20)), 16).play(2)
+    assert [tokens[-2:] for tokens in player.tokens] == [[0, 0], [0, 0]]
