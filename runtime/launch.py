@@ -87,12 +87,20 @@ def launch(config: RunConfig) -> int:
 
 
 def _describe(error: ChildFailedError) -> str:
-    """The root cause in one sentence: a killed rank first, its peers only noticed."""
-    failures = sorted(error.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
-    rank, failure = next((item for item in failures if item[1].exitcode < 0), failures[0])
+    """The root cause in one sentence."""
+    rank, failure = min(error.failures.items(), key=_suspicion)
     if failure.exitcode < 0:
         return f"rank {rank} (pid {failure.pid}) was killed by {failure.signal_name()}"
     return _message(rank, failure)
+
+
+def _suspicion(item: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
+    """Killed before failed before ended by SIGTERM: its peers only noticed a killed rank's death,
+    and it was the agent that ended those which were still there."""
+    rank, failure = item
+    if failure.exitcode == -signal.SIGTERM:
+        return 2, failure.timestamp, rank
+    return int(failure.exitcode >= 0), failure.timestamp, rank
 
 
 def _message(rank: int, failure: ProcessFailure) -> str:
