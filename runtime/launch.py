@@ -104,7 +104,8 @@ def _suspicion(item: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
 
 
 def _message(rank: int, failure: ProcessFailure) -> str:
-    text: str = failure.message
+    # What the worker's error handler wrote, or the agent's own words where it wrote nothing.
+    text = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     kind, separator, reason = text.partition(": ")
     if separator and kind == "ValueError":
         return reason  # bad input: the same on every rank
