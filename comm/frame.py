@@ -116,30 +116,29 @@ class Encoder:
         MAX_FRAME_BYTES; either way the next plan is none the wiser.
         """
         try:
-            return self._plan_like_last(mapping) or self._plan_anew(mapping)
+            if self._last is None:
+                return self._plan_anew(mapping)
+            layout, expected, placement = self._last
+            found = expected.match(mapping)
+            if found is None:
+                return self._plan_anew(mapping)
+            sources, plain, one_by_one = found
+            metadata = values.pack(expected.dims + plain)
+            if not 0 <= placement.start - HEADER_BYTES - len(metadata) <= _MAX_SLACK:
+                start = _start(layout, metadata)
+                placement = self._placements.get(layout, expected.dims, start, MAX_FRAME_BYTES)
+                self._last = (layout, expected, placement)
+            return Message(layout, False, metadata, placement, sources, one_by_one)
         except UnicodeEncodeError:
             values.check_text(mapping, "")
             raise
-
-    def _plan_like_last(self, mapping: Mapping[Any, Any]) -> Message | None:
-        if self._last is None:
-            return None
-        layout, expected, placement = self._last
-        found = expected.match(mapping)
-        if found is None:
-            return None
-        sources, plain, one_by_one = found
-        metadata = values.pack(expected.dims + plain)
-        start = _start(layout, metadata)
-        if start != placement.start:
-            placement = self._placements.get(layout, expected.dims, start, MAX_FRAME_BYTES)
-            self._last = (layout, expected, placement)
-        return Message(layout, False, metadata, placement, sources, one_by_one)
 
     def _plan_anew(self, mapping: Mapping[Any, Any]) -> Message:
         parts = Parts(mapping)
         known = self._layouts.get(parts.root)
         layout = known or Layout(self._free_number(), parts.root)
+        self._clock += 1
+        layout.last_used = self._clock
         if known is None:
             metadata = values.pack([layout.definition(), *parts.dims, *parts.values])
             start = aligned(HEADER_BYTES + len(metadata))
@@ -162,8 +161,6 @@ class Encoder:
 
     def commit(self, message: Message) -> None:
         """The frame goes out: from here on its layout is known to everyone."""
-        self._clock += 1
-        message.layout.last_used = self._clock
         if message.defines:
             for root, layout in self._layouts.items():
                 if layout.number == message.layout.number:
@@ -176,6 +173,8 @@ class Encoder:
     def _free_number(self) -> int:
         if len(self._layouts) < MAX_LAYOUTS:
             return len(self._layouts)
+        if self._last is not None:
+            self._last[0].last_used = self._clock  # repeated mappings do not move the clock
         return min(self._layouts.values(), key=lambda layout: layout.last_used).number
 
 

@@ -22,7 +22,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -91,6 +91,7 @@ class ProcessGroupChannel:
         self._frame: Frame | None = None  # the one that is not released yet
         self._error: BaseException | None = None
         self._closed = False
+        self._refuses = False  # broken or closed
 
     @property
     def capacity(self) -> int:
@@ -98,10 +99,12 @@ class ProcessGroupChannel:
         return self._capacity.nbytes
 
     def publish(self, mapping: Mapping[Any, Any]) -> Frame:
-        self._check(source=True)
+        if self._refuses or not self.is_source:
+            self._refuse()
         probe = self._probe
         encode_start_ns = time.perf_counter_ns() if probe is not None else 0
-        self._release_last()
+        if self._frame is not None:
+            self._frame.release()
         message = self._encoder.plan(mapping)
         staging = self._staging
         capacity = self._capacity.nbytes
@@ -113,7 +116,7 @@ class ProcessGroupChannel:
             self._encoder.commit(message)
             self._send(capacity, total)
         except BaseException as error:
-            self._error = error
+            self._break(error)
             raise
         region = staging.region
         frame = self._frame = Frame(
@@ -130,22 +133,24 @@ class ProcessGroupChannel:
         return frame
 
     def receive(self, timeout_s: float | None = None) -> Frame:
-        self._check(source=False)
+        if self._refuses or self.is_source:
+            self._refuse()
         probe = self._probe
         wait_start_ns = time.perf_counter_ns() if probe is not None else 0
-        self._release_last()
+        if self._frame is not None:
+            self._frame.release()
         capacity = self._capacity.nbytes
         try:
             header, memory = self._next(self._timeout_s if timeout_s is None else timeout_s)
             if header.flags & CLOSES:
-                self._closed = True
+                self._closed = self._refuses = True
                 raise Closed(f"rank {self.src} closed the channel after {self.sequence} frames")
             decode_start_ns = time.perf_counter_ns() if probe is not None else 0
             mapping = self._decoder.decode(self._staging.region, header, memory)
         except (ReceiveTimeout, Closed):
             raise
         except BaseException as error:
-            self._error = error
+            self._break(error)
             raise
         frame = self._frame = Frame(
             header.sequence,
@@ -163,8 +168,9 @@ class ProcessGroupChannel:
     def close(self) -> None:
         if self._closed:
             return
-        self._closed = True
-        self._release_last()
+        self._closed = self._refuses = True
+        if self._frame is not None:
+            self._frame.release()
         if self._error is not None:
             return  # out of step: a goodbye would not be understood
         if self.is_source:
@@ -176,26 +182,26 @@ class ProcessGroupChannel:
             while not self._next(max(deadline - time.monotonic(), 0))[0].flags & CLOSES:
                 self.sequence += 1
 
-    def _check(self, source: bool) -> None:
+    def _refuse(self) -> NoReturn:
         if self._error is not None:
             raise BrokenChannel(f"an earlier error left the ranks out of step: {self._error!r}")
         if self._closed:
             raise Closed("the channel is closed")
-        if self.is_source is not source:
-            does = "publishes" if self.is_source else "receives"
-            raise ValueError(f"the source is rank {self.src}: rank {dist.get_rank()} {does}")
+        does = "publishes" if self.is_source else "receives"
+        raise ValueError(f"the source is rank {self.src}: rank {dist.get_rank()} {does}")
 
-    def _release_last(self) -> None:
-        if self._frame is not None:
-            self._frame.release()
-            self._frame = None
+    def _break(self, error: BaseException) -> None:
+        """Nothing is certain about the ranks being in step after `error`."""
+        self._error = error
+        self._refuses = True
 
     def _retire(self, frame: Frame) -> None:
         self._staging.region.poison()
 
     def _send(self, capacity: int, total: int) -> None:
+        work = self._broadcast(0, capacity)
         deadline = time.monotonic() + self._timeout_s
-        self._await(self._broadcast(0, capacity), deadline, self._staging.sent)
+        self._await(work, deadline, self._staging.sent)
         if total > capacity:
             self._await(self._broadcast(capacity, total), deadline, self._staging.sent)
         self._capacity.saw(total)
@@ -274,7 +280,7 @@ class ProcessGroupChannel:
         text = str(error)
         rank = self._peers.find_gone()
         if rank is None and "timed out" in text.lower():
-            self._error = error  # unlike a wait of ours that ends, this one cannot be resumed
+            self._break(error)  # unlike a wait of ours that ends, this one cannot be resumed
             return ReceiveTimeout(f"the process group's own time-out ended the broadcast: {text}")
         if rank is None and not self.is_source:
             rank = self.src  # its connection, or that of a rank which passes its bytes on

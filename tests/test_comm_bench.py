@@ -11,8 +11,11 @@ def test_the_report_has_every_method_and_every_figure(tmp_path, capsys):
     path = tmp_path / "report.json"
     assert comm.main(["--quick", "--steps", "3", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
-    timed = {(r["workload"], r["method"]) for r in report["rows"] if r["metric"] == "one-way us"}
-    assert timed == {(w, m) for w in comm.WORKLOADS for m in comm.METHODS}
+    rows = [row for row in report["rows"] if row["metric"] == "one-way us"]
+    assert {(row["workload"], row["method"], row["mode"]) for row in rows} == {
+        (w, m, mode) for w in comm.WORKLOADS for m in comm.METHODS for mode in comm.MODES
+    }
+    assert {row["n"] for row in rows} == {3}
     for row in report["rows"]:
         assert row["ranks"] == 2 and row["n"] >= 1
         assert 0 < row["median"] <= row["p99"]

@@ -5,18 +5,21 @@ Owns the workloads, the methods, the pacing and the report. Knows nothing of the
 Two real ranks on this host, over Gloo. One way: from the moment the source begins to send until the
 receiver holds the mapping; `perf_counter_ns` reads one clock for all processes of a host. The
 receiver is waiting when the source begins: a barrier on a second group, then a pause, stand before
-every timed exchange. The methods take turns step by step, so that a slow spell of the machine
-meets all of them, and one method runs twice: the two should agree, and by how much they do not is
-what a difference has to exceed.
+every timed exchange. The methods take turns, so that a slow spell of the machine meets all of them,
+in two ways: "back-to-back", blocks of exchanges of one method, where code and data are still in the
+caches, and "alternating", a turn each exchange, where every method finds the caches full of the
+others. One method runs twice: the two should agree, and by how much they do not is what a
+difference has to exceed.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,15 @@ from onecast.comm.testing import run_ranks
 
 METHODS = ("two-broadcasts", "process-group", "raw", "raw-again")
 WORKLOADS = ("W1", "W2")
+MODES = ("back-to-back", "alternating")
 
 _PAUSE_NS = 300_000  # after the barrier: the receiver is in its wait by then
 _WARMUP = 20  # exchanges per method: layouts are learned, capacities settled
+_BLOCK = 25  # timed exchanges of a method in a row, back to back
+_BLOCK_WARMUP = 5  # untimed ones before them
 
 Row = dict[str, Any]
+Key = tuple[str, str, str]  # workload, method, mode
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,39 +65,33 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(steps: int, launches: int) -> dict[str, Any]:
     """The whole report: rows of what was measured, ratios against the figures to reach."""
-    one_way: dict[tuple[str, str], list[float]] = {}
-    sender: dict[tuple[str, str], list[float]] = {}
-    sizes: dict[str, dict[str, int]] = {}
-    broadcasts = 0
+    one_way: dict[Key, list[float]] = {}
+    sender: dict[Key, list[float]] = {}
     for _ in range(launches):
         source, receiver = run_ranks(_measure_rank, 2, steps, timeout_s=600)
-        for workload in WORKLOADS:
-            for method in METHODS:
-                key = (workload, method)
-                begins, ends = (
-                    source["begin_ns"][workload][method],
-                    source["end_ns"][workload][method],
-                )
-                arrivals = receiver["end_ns"][workload][method]
-                one_way.setdefault(key, []).extend(
-                    (arrival - begin) / 1e3 for begin, arrival in zip(begins, arrivals, strict=True)
-                )
-                sender.setdefault(key, []).extend(
-                    (end - begin) / 1e3 for begin, end in zip(begins, ends, strict=True)
-                )
-        sizes = source["sizes"]
-        broadcasts = max(broadcasts, source["broadcasts_per_step"])
-    rows = [_row(*key, "one-way us", times) for key, times in one_way.items()]
-    rows += [_row(*key, "sender us", times) for key, times in sender.items()]
-    for workload in WORKLOADS:
-        for metric, nbytes in sizes[workload].items():
-            rows.append(_row(workload, "process-group", metric, [nbytes]))
-    median = {key: statistics.median(times) for key, times in one_way.items()}
-    fused, raw = median["W2", "process-group"], median["W2", "raw"]
-    ratios = [
-        _ratio("gloo_vs_two_broadcast_W2", median["W2", "two-broadcasts"] / fused, ">=", 10),
-        _ratio("gloo_vs_raw_W2", fused / raw, "<=", 1.3),
-        _ratio("raw_again_vs_raw_W2", median["W2", "raw-again"] / raw, "<=", 1.15),
+        for key, exchanges in source["times_ns"].items():
+            arrivals = receiver["times_ns"][key]
+            for (begin, end), (_, arrival) in zip(exchanges, arrivals, strict=True):
+                one_way.setdefault(key, []).append((arrival - begin) / 1e3)
+                sender.setdefault(key, []).append((end - begin) / 1e3)
+    sizes: dict[str, dict[str, float]] = source["sizes"]
+    rows = [_row(key, "one-way us", times) for key, times in one_way.items()]
+    rows += [_row(key, "sender us", times) for key, times in sender.items()]
+    for workload, figures in sizes.items():
+        for metric, value in figures.items():
+            rows.append(_row((workload, "process-group", "steady"), metric, [value]))
+    ratios = []
+    for mode, suffix in zip(MODES, ("", "_alternating"), strict=True):
+        two, fused, raw, raw_again = (
+            statistics.median(one_way["W2", method, mode]) for method in METHODS
+        )
+        ratios += [
+            _ratio(f"gloo_vs_two_broadcast_W2{suffix}", two / fused, ">=", 10),
+            _ratio(f"gloo_vs_raw_W2{suffix}", fused / raw, "<=", 1.3),
+            _ratio(f"raw_again_vs_raw_W2{suffix}", raw_again / raw, "<=", 1.15),
+        ]
+    broadcasts = max(figures["broadcasts per step"] for figures in sizes.values())
+    ratios += [
         _ratio("metadata_bytes_block_message", sizes["W1"]["metadata bytes"], "<=", 40),
         _ratio("metadata_bytes_per_tensor", _metadata_bytes_per_tensor(), "<=", 3),
         _ratio("broadcasts_per_step", broadcasts, "<=", 1),
@@ -123,41 +124,44 @@ def workload(name: str) -> dict[str, Any]:
 
 
 def _measure_rank(rank: int, steps: int) -> dict[str, Any]:
-    """One rank: every workload, the methods in turn; times in ns, by workload and method."""
-    begin_ns: dict[str, dict[str, list[int]]] = {}
-    end_ns: dict[str, dict[str, list[int]]] = {}
-    sizes: dict[str, dict[str, int]] = {}
+    """One rank: every workload, the methods in turn; (begin, end) of each exchange in ns."""
+    times_ns: dict[Key, list[tuple[int, int]]] = {}
+    sizes: dict[str, dict[str, float]] = {}
     gate = dist.new_group()
-    broadcasts = 0.0
     for name in WORKLOADS:
         mapping = workload(name)
         channel = open_channel()
         sizes[name] = _frame_sizes(channel, rank, mapping)
-        methods = _methods(channel, rank, mapping, sizes[name]["frame bytes"])
-        begin_ns[name] = {method: [] for method in METHODS}
-        end_ns[name] = {method: [] for method in METHODS}
-        for step in range(_WARMUP + steps):
-            if step == _WARMUP:
-                before = channel.broadcasts
-            mapping["step"] = step
-            for method, exchange in methods.items():
-                dist.barrier(gate)
-                if rank == 0:
-                    _pause(_PAUSE_NS)
-                begin = time.perf_counter_ns()
-                exchange()
-                end = time.perf_counter_ns()
-                if step >= _WARMUP:
-                    begin_ns[name][method].append(begin)
-                    end_ns[name][method].append(end)
-        broadcasts = max(broadcasts, (channel.broadcasts - before) / steps)
+        methods = _methods(channel, rank, mapping, int(sizes[name]["frame bytes"]))
+        frames, broadcasts = channel.sequence, channel.broadcasts
+        for step, (mode, method, timed) in enumerate(_turns(steps)):
+            if name == "W2":
+                mapping["step"] = step
+            exchange = methods[method]
+            dist.barrier(gate)
+            if rank == 0:
+                _pause(_PAUSE_NS)
+            begin = time.perf_counter_ns()
+            exchange()
+            end = time.perf_counter_ns()
+            if timed:
+                times_ns.setdefault((name, method, mode), []).append((begin, end))
+        count = (channel.broadcasts - broadcasts) / (channel.sequence - frames)
+        sizes[name]["broadcasts per step"] = count
         channel.close()
-    return {
-        "begin_ns": begin_ns,
-        "end_ns": end_ns,
-        "sizes": sizes,
-        "broadcasts_per_step": broadcasts,
-    }
+    return {"times_ns": times_ns, "sizes": sizes}
+
+
+def _turns(steps: int) -> Iterator[tuple[str, str, bool]]:
+    """Mode, method and whether it is timed, of each exchange; `steps` timed ones of each."""
+    for first in range(0, steps, _BLOCK):
+        for method in METHODS:
+            for turn in range(-_BLOCK_WARMUP, min(_BLOCK, steps - first)):
+                yield "back-to-back", method, turn >= 0
+    chance = random.Random(0)  # the same on both ranks; a fixed order would favour a successor
+    for turn in range(-_WARMUP, steps):
+        for method in chance.sample(METHODS, len(METHODS)):
+            yield "alternating", method, turn >= 0
 
 
 def _methods(
@@ -182,7 +186,7 @@ def _methods(
     return dict(zip(METHODS, calls, strict=True))
 
 
-def _frame_sizes(channel: Channel, rank: int, mapping: dict[str, Any]) -> dict[str, int]:
+def _frame_sizes(channel: Channel, rank: int, mapping: dict[str, Any]) -> dict[str, float]:
     """Bytes of a frame in steady state, the layout known."""
     for _ in range(2):
         frame = channel.publish(mapping) if rank == 0 else channel.receive()
@@ -208,13 +212,14 @@ def _pause(nanoseconds: int) -> None:
         pass
 
 
-def _row(workload: str, method: str, metric: str, values: Sequence[float]) -> Row:
+def _row(key: Key, metric: str, values: Sequence[float]) -> Row:
+    workload, method, mode = key
     ordered = sorted(values)
     return {
         "workload": workload,
         "method": method,
         "ranks": 2,
-        "mode": "gloo",
+        "mode": mode,
         "metric": metric,
         "median": statistics.median(ordered),
         "p99": ordered[min(len(ordered) * 99 // 100, len(ordered) - 1)],
@@ -230,13 +235,13 @@ def _ratio(name: str, value: float, relation: str, figure: float) -> Row:
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     rows = Table(title=f"One step's mapping, 2 ranks, Gloo ({report['machine']})")
-    for column in ("workload", "method", "metric"):
+    for column in ("workload", "method", "mode", "metric"):
         rows.add_column(column)
     for column in ("median", "p99", "n"):
         rows.add_column(column, justify="right")
     for row in report["rows"]:
         numbers = (f"{row['median']:.1f}", f"{row['p99']:.1f}", str(row["n"]))
-        rows.add_row(row["workload"], row["method"], row["metric"], *numbers)
+        rows.add_row(row["workload"], row["method"], row["mode"], row["metric"], *numbers)
     ratios = Table(title="Figures")
     for column in ("name", "value", "target", "holds"):
         ratios.add_column(column)
