@@ -84,4 +84,10 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status:
+        # Process groups whose peers are gone abort or hang in their destructors, and would hide
+        # the reason that has just been given.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,80 +1,17 @@
 """OTLP: real receivers get one trace a step from both ranks; an absent one costs only spans."""
 
-import http.server
 import threading
 import time
-from collections.abc import Iterator
-from concurrent import futures
-from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from otlp_receivers import grpc_receiver, http_receiver
 
 from onecast.comm.testing import run_ranks
 from onecast.telemetry import TelemetrySettings, make_run_dir, start_session
 from onecast.telemetry.otlp import OtlpExport
 from onecast.telemetry.spans import Span, trace_id
-
-Requests = list[ExportTraceServiceRequest]
-
-
-@contextmanager
-def http_receiver() -> Iterator[tuple[str, Requests]]:
-    received: Requests = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path == "/v1/traces"
-            received.append(ExportTraceServiceRequest.FromString(body))
-            answer = ExportTraceServiceResponse().SerializeToString()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/x-protobuf")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Quiet."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", received
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-@contextmanager
-def grpc_receiver() -> Iterator[tuple[str, Requests]]:
-    received: Requests = []
-
-    class Servicer(TraceServiceServicer):  # type: ignore[misc]
-        def Export(self, request: Any, context: Any) -> ExportTraceServiceResponse:
-            received.append(request)
-            return ExportTraceServiceResponse()
-
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    add_TraceServiceServicer_to_server(Servicer(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"http://127.0.0.1:{port}", received
-    finally:
-        server.stop(None).wait(5)
 
 
 def _run(rank: int, run_dir: str, steps: int) -> Any:
