@@ -88,8 +88,9 @@ def _run_table(figures: RunFigures) -> Table:
         rows.append(("trace (open in Jaeger or Perfetto)", str(figures.trace)))
     if figures.metrics_url is not None:
         rows.append(("metrics were served at", figures.metrics_url))
-    if figures.report is not None and figures.report["dropped"]:
-        rows.append(("telemetry records dropped", f"{figures.report['dropped']:,}"))
+    if figures.report is not None:
+        for reason, count in figures.report["dropped_by_reason"].items():
+            rows.append((f"telemetry left out: {reason}", f"{count:,}"))
     for row in rows:
         table.add_row(*row)
     return table

@@ -23,8 +23,8 @@ def _values() -> list[Value]:
     for direction in ("swap_in", "swap_out", "copy"):
         labels = {"direction": direction}
         found.append(Value(f"kv_blocks_moved.{direction}", "kv_blocks_moved", labels, True))
-    for state in ("waiting", "running", "swapped", "finished"):
-        found.append(Value(f"requests.{state}", "requests", {"state": state}, False))
+    for state in ("waiting", "running", "swapped"):
+        found.append(Value(f"sequences.{state}", "sequences", {"state": state}, False))
     for kind in ("prompt", "generated"):
         found.append(Value(f"tokens.{kind}", "tokens", {"kind": kind}, True))
     return found
@@ -36,6 +36,6 @@ VALUE_INDEX: dict[str, int] = {value.name: index for index, value in enumerate(V
 METRIC_HELP = {
     "kv_blocks": "Key/value cache blocks by pool and state",
     "kv_blocks_moved": "Key/value cache blocks swapped in, swapped out and copied",
-    "requests": "Sequences of requests by state",
+    "sequences": "Sequences (choices of requests) by state",
     "tokens": "Tokens of prompts computed and tokens generated",
 }

@@ -241,7 +241,7 @@ def test_ranks_go_on_when_the_sidecar_is_killed() -> None:
     reader = RingReader(ring_path(session.run_dir, 0))
     for step in range(3):
         with session.step(step, 1), session.phase("sample"):
-            session.set_value("requests.running", 1)
+            session.set_value("sequences.running", 1)
     assert len(reader.drain().rows) == 6
     with pytest.raises(TelemetryError, match=r"sidecar .* ended"):
         session.report()
