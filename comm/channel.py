@@ -125,7 +125,7 @@ def open_channel(
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport is {transport!r}; there are: {', '.join(TRANSPORTS)}")
-    from .process_group import ProcessGroupChannel
+    from .process_group import ProcessGroupChannel  # here: implementations import this module
 
     return ProcessGroupChannel(
         group, src=src, device=device, probe=probe, timeout_s=timeout_s, poison=poison

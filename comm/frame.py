@@ -35,8 +35,9 @@ from .header import (
     aligned,
     write_header,
 )
-from .layout import Expected, Layout, Parts, Source
-from .region import Placement, Region
+from .layout import Layout
+from .parts import Expected, Parts, Source
+from .region import Placement, Region, Repeated
 
 _MAX_PLACEMENTS = 32  # per layout
 _MAX_SLACK = 256  # bytes of padding accepted to keep the tensors where they were
@@ -245,29 +246,10 @@ class Decoder:
             raise FrameError(f"frame {header.sequence} has malformed tensors: {error}") from error
         mapping = layout.build(views, items[layout.num_dims :])
         if layout.is_flat:
-            region.repeated = Repeated(layout, header, dims, len(items), mapping.copy())
+            region.repeated = Repeated(
+                layout, header.start, header.total, dims, len(items), mapping.copy()
+            )
         return mapping
-
-
-class Repeated:
-    """The frame that a region held last: one that repeats its dimensions has the same views."""
-
-    __slots__ = ("dims", "layout", "mapping", "num_items", "start", "total")
-
-    def __init__(
-        self,
-        layout: Layout,
-        header: Header,
-        dims: list[int],
-        num_items: int,
-        mapping: dict[Any, Any],
-    ) -> None:
-        self.layout = layout
-        self.start = header.start
-        self.total = header.total
-        self.dims = dims
-        self.num_items = num_items
-        self.mapping = mapping
 
 
 def write(message: Message, sequence: int, region: Region) -> None:

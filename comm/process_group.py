@@ -34,7 +34,7 @@ from .header import CLOSES, HEADER_BYTES, VERSION, Header, check_metadata, read_
 from .ladder import Capacity, rung
 from .peers import Peers
 from .probe import Probe
-from .staging import DeviceStaging, HostStaging, Staging
+from .staging import DeviceStaging, HostStaging, Staging, frame_device
 
 _SLICE_S = 1.0  # between two looks at the peers while a broadcast does not end
 
@@ -75,11 +75,12 @@ class ProcessGroupChannel:
         self.broadcasts = 0
         self.src = src
         self.is_source = dist.get_rank() == src
-        place = _device(group, device)
+        place = frame_device(group, device)
         self._staging: Staging = DeviceStaging(place) if place.type == "cuda" else HostStaging()
         # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
         self._group = weakref.ref(group)
-        self._peers = Peers.exchange(group, place, {"src": src, "frame version": VERSION})
+        meet = place if dist.get_backend(group) == "nccl" else torch.device("cpu")
+        self._peers = Peers.exchange(group, meet, {"src": src, "frame version": VERSION})
         self._probe = probe
         self._timeout_s = timeout_s
         self._poison = poison
@@ -309,14 +310,3 @@ class ProcessGroupChannel:
         except Exception:
             log.exception("the probe failed; it is removed")
             self._probe = None
-
-
-def _device(group: dist.ProcessGroup, device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {place}; a frame can lie on cpu or cuda")
-    if place.type == "cuda" and place.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return place

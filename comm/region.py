@@ -6,7 +6,7 @@ Knows nothing of headers, metadata or who sends.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +14,11 @@ import torch
 from .dtypes import NUMPY_DTYPES
 from .errors import FrameError
 from .header import ALIGNMENT, aligned
-from .layout import Layout, Source
+from .layout import Layout
+from .parts import Source
 
 MAX_DIMENSION = (1 << 63) - 1
 POISON = 0xA5
-
-if TYPE_CHECKING:
-    from .frame import Repeated
 
 _KEPT = 64  # views of so many placements are kept; decode steps repeat a handful
 
@@ -55,6 +53,28 @@ class Placement:
                 raise FrameError(f"a tensor {shape} of {dtype} ends at {self.end}, beyond {limit}")
             self.tensors.append((dtype, shape, strides, offset // dtype.itemsize))
             offset = aligned(self.end)
+
+
+class Repeated:
+    """The frame that a region held last: one that repeats its dimensions has the same views."""
+
+    __slots__ = ("dims", "layout", "mapping", "num_items", "start", "total")
+
+    def __init__(
+        self,
+        layout: Layout,
+        start: int,
+        total: int,
+        dims: list[int],
+        num_items: int,
+        mapping: dict[Any, Any],
+    ) -> None:
+        self.layout = layout
+        self.start = start
+        self.total = total
+        self.dims = dims
+        self.num_items = num_items
+        self.mapping = mapping
 
 
 class Region:

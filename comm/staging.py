@@ -185,6 +185,19 @@ class DeviceStaging:
         return True
 
 
+def frame_device(group: dist.ProcessGroup, device: torch.device | str | None) -> torch.device:
+    """Where frames lie: `device`, or None for what suits the group; raises ValueError."""
+    only_nccl = dist.get_backend(group) == "nccl"
+    place = torch.device(device if device is not None else "cuda" if only_nccl else "cpu")
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {place}; a frame can lie on cpu or cuda")
+    if only_nccl and place.type == "cpu":
+        raise ValueError("device is cpu; an NCCL group broadcasts from cuda only")
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
 def _zeros(nbytes: int, pinned: bool) -> torch.Tensor:
     """Zeros: what pads a frame is sent, and must not be what this memory held before."""
     with torch.inference_mode(False):  # or a later frame outside of it could not be written here
