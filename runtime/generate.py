@@ -52,11 +52,7 @@ def generate(config: RunConfig, rank: Rank) -> RunFigures:
                 read_batch(config.input, writer.done),
                 writer,
                 engine,
-                BodyContext(
-                    tokenizer=tokenizer,
-                    max_model_len=engine.scheduler.config.max_model_len,
-                    vocab_size=model.vocab_size,
-                ),
+                _body_context(engine.scheduler.config, tokenizer, model, config.model.name),
                 created_s=int(time.time()),
                 max_queued=_QUEUE_FACTOR * config.max_batch_size,
                 on_result=on_result,
@@ -87,6 +83,16 @@ def _make_engine(config: RunConfig, rank: Rank, model: ModelConfig, tokenizer: T
         tokenizer=tokenizer,
         observer=rank.observer,
     )
+
+
+def _body_context(
+    limits: SchedulerConfig, tokenizer: Tokenizer, model: ModelConfig, name: str
+) -> BodyContext:
+    """A sequence must fit the model's context, and the device's cache when it is there alone."""
+    cached = limits.num_blocks * limits.block_size
+    if cached < limits.max_model_len:
+        return BodyContext(tokenizer, cached, model.vocab_size, name, limited_by="KV cache")
+    return BodyContext(tokenizer, limits.max_model_len, model.vocab_size, name)
 
 
 def _progress_bar() -> Progress:

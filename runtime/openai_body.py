@@ -67,6 +67,7 @@ class BodyContext:
     max_model_len: int  # prompt and output tokens together
     vocab_size: int  # of the model: prompts may be given as token ids
     model: str = ""  # named in responses where the body names no model
+    limited_by: str = "context"  # or what else sets max_model_len: "KV cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,15 +253,15 @@ def _room(
     room = context.max_model_len - num_prompt
     if room < 1:
         raise RequestError(
-            f"{prompt_name}: {num_prompt} tokens leave no room in a context of "
-            f"{context.max_model_len}",
+            f"{prompt_name}: {num_prompt} tokens leave no room in a "
+            f"{context.limited_by} of {context.max_model_len}",
             param=prompt_name,
             code="context_length_exceeded",
         )
     if max_tokens is not None and max_tokens > room:
         raise RequestError(
             f"{limit_name}: {max_tokens} tokens after the {num_prompt} of {prompt_name} are above "
-            f"the context of {context.max_model_len}",
+            f"the {context.limited_by} of {context.max_model_len}",
             param=limit_name,
             code="context_length_exceeded",
         )
