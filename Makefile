@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # A checkout at the root of sys.path would shadow Jupyter's `comm`.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help install run test lint bench build clean
+.PHONY: help install run test lint bench gpu-check build clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,7 +36,11 @@ lint: install ## ruff and mypy --strict
 bench: install ## measure every claim of the README (ARGS="--quick --json FILE")
 	$(BIN)/onecast bench comm $(ARGS)
 
+gpu-check: install ## the tests that need a GPU
+	$(BIN)/python -m pytest -m cuda -rs $(ARGS)
+
 build: install ## the wheel, into dist/
+	rm -rf build
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean: ## remove the virtual environment and what was built
