@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +71,22 @@ def generate_args(batch: Path, output: Path, *more: object, tp: int = 2) -> list
     return ["generate", *model, f"--input={batch}", f"--output={output}", f"--tp={tp}", *more]
 
 
+def parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def rank_processes(launcher: int) -> dict[int, int]:
     """Rank -> pid of the workers that `launcher` has started so far."""
     found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            arguments = (entry / "cmdline").read_bytes()
-            environment = (entry / "environ").read_bytes()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if parent != launcher or b"onecast.runtime.worker" not in arguments:
+    for pid, arguments, environment in _processes():
+        if b"onecast.runtime.worker" not in arguments or parent_of(pid) != launcher:
             continue
         for variable in environment.split(b"\0"):
             if variable.startswith(b"RANK="):
-                found[int(variable[5:])] = int(entry.name)
+                found[int(variable[5:])] = pid
     return found
 
 
@@ -99,18 +99,35 @@ def wait_for(condition: Any, what: str, timeout_s: float = 60) -> Any:
     return value
 
 
-def stray_segments() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir() if "onecast" in entry.name}
+SESSION = f"ONECAST_TEST_SESSION={uuid.uuid4().hex}"  # in the environment of all we start
 
 
-def onecast_processes() -> set[int]:
-    found = set()
+def _processes() -> Iterator[tuple[int, bytes, bytes]]:
+    """Pid, command line and environment of every process that can be read."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                arguments = (entry / "cmdline").read_bytes()
-            except (FileNotFoundError, ProcessLookupError):
+                arguments, environment = (
+                    (entry / name).read_bytes() for name in ("cmdline", "environ")
+                )
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if b"onecast.runtime.worker" in arguments or b"onecast.telemetry" in arguments:
-                found.add(int(entry.name))
+            yield int(entry.name), arguments, environment
+
+
+def stray_segments() -> set[str]:
+    """Run directories in shared memory that no living process was told of."""
+    found = {str(path) for path in Path("/dev/shm").glob("onecast-*")}
+    for _, arguments, environment in _processes() if found else ():
+        found = {path for path in found if path.encode() not in arguments + environment}
     return found
+
+
+def onecast_processes() -> set[int]:
+    """Ranks and sidecars that this test session has started, and that still live."""
+    return {
+        pid
+        for pid, arguments, environment in _processes()
+        if SESSION.encode() in environment
+        and (b"onecast.runtime.worker" in arguments or b"onecast.telemetry" in arguments)
+    }

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,13 @@ from cli_runs import (
     read_results,
     run,
     start,
-    stray_segments,
     wait_for,
     write_batch,
 )
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 NUM_REQUESTS = 60
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    segments, processes = stray_segments(), onecast_processes()
-    yield
-    wait_for(lambda: onecast_processes() <= processes, "the run's processes to end", 20)
-    assert stray_segments() <= segments
 
 
 @pytest.fixture

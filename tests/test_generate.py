@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,13 @@ from cli_runs import (
     DEMO,
     completion,
     generate_args,
-    onecast_processes,
     read_results,
     run,
-    stray_segments,
-    wait_for,
     write_batch,
 )
 from tiny_checkpoints import edit_config, make_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    segments, processes = stray_segments(), onecast_processes()
-    yield
-    wait_for(lambda: onecast_processes() <= processes, "the run's processes to end", 20)
-    assert stray_segments() <= segments
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from onecast.runtime.scheduler import Scheduler, SchedulerConfig
 from onecast.runtime.tokenizer import Tokenizer
 from onecast.telemetry import TelemetrySettings, make_run_dir, start_session
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 Samples = dict[tuple[Any, ...], float]
 
 
