@@ -133,6 +133,13 @@ class Encoder:
         except UnicodeEncodeError:
             values.check_text(mapping, "")
             raise
+        except (AttributeError, TypeError) as error:
+            if isinstance(error, UnsupportedTypeError) or isinstance(mapping, Mapping):
+                raise
+            kind = type(mapping).__name__
+            raise ValueError(f"a frame carries a mapping, not an object of type {kind}") from None
+        except RuntimeError as error:  # nested tensors have no sizes
+            raise UnsupportedTypeError(f"a tensor without a readable shape: {error}") from error
 
     def _plan_anew(self, mapping: Mapping[Any, Any]) -> Message:
         parts = Parts(mapping)

@@ -136,6 +136,8 @@ class ProcessGroupChannel:
     def receive(self, timeout_s: float | None = None) -> Frame:
         if self._refuses or self.is_source:
             self._refuse()
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ValueError(f"timeout_s is {timeout_s}, it must be at least 0")
         probe = self._probe
         wait_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:

@@ -95,10 +95,8 @@ class BatchJob:
             except ValueError as error:
                 for added in call.requests[:number]:
                     self._engine.abort(added.request_id)
-                name = "messages" if call.chat else "prompt"
-                raise RequestError(
-                    f"{name}: {error}", param=name, code="context_length_exceeded"
-                ) from error
+                # What is left to refuse once the body has been checked against the context.
+                raise RequestError(str(error), param="n", code="invalid_value") from error
         return call
 
     def _collect(self, sequence: Sequence, text: str) -> None:

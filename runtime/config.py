@@ -48,8 +48,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{_flag(name)}: {value} is below {least}")
-        if self.metrics_port > 65535:
-            raise ValueError(f"--metrics-port: {self.metrics_port} is above 65535")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{_flag(name)}: {getattr(self, name)} is above {most}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other: choose one")
         if self.no_telemetry and self.trace is not None:
@@ -89,6 +90,8 @@ _LEAST: dict[str, float] = {
     "metrics_port": 0,
     "show": 0,
 }
+
+_MOST: dict[str, float] = {"timeout_s": 7 * 24 * 3600, "metrics_port": 65535}
 
 
 def _flag(name: str) -> str:
@@ -157,15 +160,17 @@ class RankEnvironment:
     local_world_size: int
     node: int
     run_id: str
-    run_dir: str | None  # shared-memory directory made by the launcher of `onecast`
+    run_dir: str | None  # shared-memory directory to be made, as the launcher of `onecast` says
+    launcher_pid: int | None  # the launcher of `onecast`, this process's parent
     several_ranks_per_gpu: bool
 
     @property
     def launched_by_onecast(self) -> bool:
-        return self.run_dir is not None
+        return self.launcher_pid is not None
 
 
 RUN_DIR_VARIABLE = "ONECAST_RUN_DIR"
+LAUNCHER_PID_VARIABLE = "ONECAST_LAUNCHER_PID"
 
 
 def rank_environment() -> RankEnvironment:
@@ -185,6 +190,9 @@ def rank_environment() -> RankEnvironment:
         node=int(environ.get("GROUP_RANK", "0")),
         run_id=environ.get("TORCHELASTIC_RUN_ID", "onecast"),
         run_dir=environ.get(RUN_DIR_VARIABLE),
+        launcher_pid=int(environ[LAUNCHER_PID_VARIABLE])
+        if LAUNCHER_PID_VARIABLE in environ
+        else None,
         several_ranks_per_gpu=several_ranks_per_gpu(),
     )
 

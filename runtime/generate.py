@@ -31,7 +31,6 @@ def generate(config: RunConfig, rank: Rank) -> RunFigures:
     model = ModelConfig.from_dir(config.model)
     tokenizer = Tokenizer(config.model)
     num_lines = count_lines(config.input)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     with BatchWriter(config.output, resume=config.resume, overwrite=config.overwrite) as writer:
         if writer.done:
             check_unchanged(config.input, writer.done)

@@ -1,56 +1,40 @@
 """Starts the ranks of a run on this host, waits for them, and says in one message how it ended.
 
-Owns what can be checked before any process starts, the use of torch's elastic launcher, and the
-sentence that names a lost rank. Knows nothing of what ranks do.
+Owns the use of torch's elastic launcher. What is checked before is in `preflight.py`, who broke a
+run in `failure.py`. Knows nothing of what ranks do.
 """
 
 import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import uuid
 
-import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .batch_file import count_complete, count_lines
-from .config import RUN_DIR_VARIABLE, RunConfig, several_ranks_per_gpu
-from .model_config import ModelConfig
-from .tokenizer import Tokenizer
-from .weights import check_checkpoint
-from .wiring import make_run_directory, remove_run_directory
+from .config import LAUNCHER_PID_VARIABLE, RUN_DIR_VARIABLE, RunConfig
+from .failure import root_cause
+from .preflight import check, check_port
+from .wiring import name_run_directory, remove_run_directory
 
-INTERRUPTED = 130
-
-
-def check(config: RunConfig) -> None:
-    """Refuse a run that cannot work, before any process starts.
-
-    ValueError names the value and the limit: model directory, checkpoint, tokenizer, input,
-    output, number of GPUs, metrics port.
-    """
-    model = ModelConfig.from_dir(config.model)
-    model.check_tensor_parallel(config.tp)
-    check_checkpoint(config.model, model)
-    Tokenizer(config.model)
-    config.context_limit(model.max_position_embeddings)
-    count_lines(config.input)
-    _check_gpus(config)
-    if not config.no_telemetry:
-        _check_port(config.metrics_host, config.metrics_port)
+_SHUTDOWN_TIMEOUT_S = "5"  # a rank that does not end when asked to is killed after that
 
 
 def launch(config: RunConfig) -> int:
     """Run `config.tp` ranks to their end; returns the exit status and prints why if it is not 0."""
-    check(config)
-    run_directory = make_run_directory()
+    check(config, config.tp)
+    if not config.no_telemetry:
+        check_port(config.metrics_host, config.metrics_port)
+    run_directory = name_run_directory()
     log_directory = tempfile.mkdtemp(prefix="onecast-")
     os.environ[RUN_DIR_VARIABLE] = run_directory
+    os.environ[LAUNCHER_PID_VARIABLE] = str(os.getpid())
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)
     # As torchrun does, but a share of the cores instead of one: CPU ranks compute.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.tp)))
     # The agent's own report of a failure is a page long; ours is one sentence.
@@ -74,42 +58,17 @@ def launch(config: RunConfig) -> int:
         launcher("-P", "-m", "onecast.runtime.worker", *config.to_argv())
         return 0
     except ChildFailedError as error:
-        print(f"onecast: {_describe(error)}{_progress(config)}", file=sys.stderr)
-        return 1
+        cause, resumable = root_cause(error.failures)
+        print(f"onecast: {cause}{_progress(config) if resumable else ''}", file=sys.stderr)
+        return 1 if resumable else 2
     except SignalException as stopped:
         name = signal.Signals(stopped.sigval).name
         print(f"onecast: stopped by {name}{_progress(config)}", file=sys.stderr)
         return 128 + stopped.sigval
     finally:
-        del os.environ[RUN_DIR_VARIABLE]
+        del os.environ[RUN_DIR_VARIABLE], os.environ[LAUNCHER_PID_VARIABLE]
         remove_run_directory(run_directory)
         shutil.rmtree(log_directory)
-
-
-def _describe(error: ChildFailedError) -> str:
-    """The root cause in one sentence."""
-    rank, failure = min(error.failures.items(), key=_suspicion)
-    if failure.exitcode < 0:
-        return f"rank {rank} (pid {failure.pid}) was killed by {failure.signal_name()}"
-    return _message(rank, failure)
-
-
-def _suspicion(item: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
-    """Killed before failed before ended by SIGTERM: its peers only noticed a killed rank's death,
-    and it was the agent that ended those which were still there."""
-    rank, failure = item
-    if failure.exitcode == -signal.SIGTERM:
-        return 2, failure.timestamp, rank
-    return int(failure.exitcode >= 0), failure.timestamp, rank
-
-
-def _message(rank: int, failure: ProcessFailure) -> str:
-    # What the worker's error handler wrote, or the agent's own words where it wrote nothing.
-    text = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-    kind, separator, reason = text.partition(": ")
-    if separator and kind == "ValueError":
-        return reason  # bad input: the same on every rank
-    return f"rank {rank} (pid {failure.pid}) failed: {text}"
 
 
 def _progress(config: RunConfig) -> str:
@@ -120,24 +79,3 @@ def _progress(config: RunConfig) -> str:
         f"; {complete} of {lines} results are complete in {config.output}, the same command with "
         "--resume finishes the rest"
     )
-
-
-def _check_gpus(config: RunConfig) -> None:
-    if config.device != "cuda":
-        return
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise ValueError("--device cuda: this machine has no GPU that torch can use")
-    if count < config.tp and not several_ranks_per_gpu():
-        raise ValueError(f"--tp: {config.tp} ranks need {config.tp} GPUs; this machine has {count}")
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"--metrics-port: cannot listen on {host}:{port}: {error.strerror}"
-            ) from None

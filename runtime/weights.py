@@ -180,7 +180,7 @@ def _find_tensors(directory: Path) -> dict[str, StoredTensor]:
 def _weight_map(index: Path) -> Mapping[str, str]:
     try:
         values = json.loads(index.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{index} is not JSON: {error}") from None
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not all(
@@ -192,6 +192,8 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, once its size agrees with what its header promises."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not a regular file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(_HEADER_SIZE.size)
@@ -207,7 +209,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         header = json.loads(raw)
         tensors, ends = _parse_header(file, header)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{file} is not a safetensors file: its header is not valid") from None
     expected = data_start + max(ends, default=0)
     if size < expected:

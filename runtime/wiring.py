@@ -4,6 +4,8 @@ Owns which settings of a run become telemetry settings, and the shared-memory di
 ranks of a node agree on. Everything else sees the `Observer` protocol.
 """
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from onecast.telemetry import (
     Session,
     TelemetrySettings,
     make_run_dir,
+    name_run_dir,
     remove_run_dir,
     start_session,
 )
@@ -23,17 +26,29 @@ from .observer import NullObserver, Observer
 
 _SIDECAR_END_S = 15.0  # a slow OTLP endpoint is given up before
 
-make_run_directory = make_run_dir
+name_run_directory = name_run_dir
 
 
 def remove_run_directory(path: str) -> None:
-    """Wait until the sidecar has written everything and removed `path`; else remove it."""
+    """Wait until the sidecar has written everything and removed `path`; else end both."""
     deadline = time.monotonic() + _SIDECAR_END_S
-    directory = Path(path)
-    # An empty directory was never used: the run ended before telemetry began.
-    while directory.exists() and any(directory.iterdir()) and time.monotonic() < deadline:
+    # Without a ring in it the directory was never used: the run ended before telemetry began.
+    while any(Path(path).glob("rank-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    remove_run_dir(path)
+    if Path(path).exists():
+        _kill_sidecar(path)
+        remove_run_dir(path)
+
+
+def _kill_sidecar(run_dir: str) -> None:
+    """A sidecar that is stopped or stuck must not outlive its run."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if run_dir.encode() in arguments:
+            os.kill(int(entry.name), signal.SIGKILL)
 
 
 class RunTelemetry:
@@ -55,8 +70,6 @@ class RunTelemetry:
         config, environment = self._config, self._environment
         if config.no_telemetry:
             return NullObserver()
-        if config.trace is not None:
-            config.trace.parent.mkdir(parents=True, exist_ok=True)
         self._session = start_session(
             rank=environment.rank,
             local_rank=environment.local_rank,
@@ -80,9 +93,8 @@ class RunTelemetry:
 
 
 def _agree_on_run_dir(environment: RankEnvironment) -> str:
-    if environment.run_dir is not None:
-        return environment.run_dir
-    mine = make_run_dir() if environment.local_rank == 0 else None
+    # Not the launcher makes it: killed at that moment, it would leave it behind.
+    mine = make_run_dir(environment.run_dir) if environment.local_rank == 0 else None
     found: list[tuple[int, str | None]] = [(0, None)] * environment.world_size
     dist.all_gather_object(found, (environment.node, mine))
     (path,) = (path for node, path in found if node == environment.node and path is not None)

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .config import RankEnvironment, RunConfig, add_run_options, rank_environment, run_config
 from .generate import generate
+from .preflight import check
 from .rank import open_rank, process_groups
 from .summary import RunFigures, print_summary
 from .wiring import RunTelemetry
@@ -39,25 +40,33 @@ def main(argv: list[str] | None = None) -> int:
     try:
         environment = rank_environment()
         launched_by_onecast = environment.launched_by_onecast
+        if environment.launcher_pid is not None:
+            _die_with(environment.launcher_pid)
         run(run_config(options), environment)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         errors.record_exception(error)
         if not launched_by_onecast:  # else the launcher says it, once for all ranks
-            if not isinstance(error, ValueError | OSError):
-                traceback.print_exc()
-            print(f"onecast: {error}", file=sys.stderr)
+            _explain(error)
         return 1
     return 0
 
 
+def _explain(error: Exception) -> None:
+    """Bad input is the same on every rank: one of them says it, in one line."""
+    if not isinstance(error, ValueError):
+        traceback.print_exc()
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"onecast: {error}", file=sys.stderr)
+
+
 def run(config: RunConfig, environment: RankEnvironment) -> None:
     """Set this rank up, drive (rank 0) or follow, take everything down, say what was measured."""
-    if environment.launched_by_onecast:
-        _die_with_parent()
     if config.tp not in (1, environment.world_size):
         raise ValueError(f"--tp: {config.tp}, but torchrun started {environment.world_size} ranks")
+    if not environment.launched_by_onecast:  # else the launcher has done it
+        check(config, environment.world_size)
     figures: RunFigures | None = None
     with process_groups(config, environment) as (device, model_group, control_group):
         telemetry = RunTelemetry(config, environment)
@@ -75,11 +84,10 @@ def run(config: RunConfig, environment: RankEnvironment) -> None:
         print_summary(figures, Console())
 
 
-def _die_with_parent() -> None:
+def _die_with(launcher_pid: int) -> None:
     """Ask the kernel to end this process when the launcher dies, even by SIGKILL."""
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the kernel knew
+    if os.getppid() != launcher_pid:  # it died before the kernel was asked
         sys.exit(1)
 
 

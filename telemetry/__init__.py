@@ -16,7 +16,7 @@ from .intercept import CollectiveInstrumentor, Recorder
 from .probe import RingProbe
 from .ring import RingWriter
 from .ring_reader import Drained, RingReader
-from .run_directory import make_run_dir, remove_run_dir
+from .run_directory import make_run_dir, name_run_dir, remove_run_dir
 from .session import Session, start_session
 from .settings import TelemetrySettings
 from .values import VALUES
@@ -33,6 +33,7 @@ __all__ = [
     "TelemetryError",
     "TelemetrySettings",
     "make_run_dir",
+    "name_run_dir",
     "remove_run_dir",
     "start_session",
 ]

@@ -5,6 +5,7 @@ of engines live on one host; the caller makes it once per node and tells the oth
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,10 +13,18 @@ from pathlib import Path
 _SHARED_MEMORY = "/dev/shm"
 
 
-def make_run_dir() -> str:
-    """A new private directory (mode 0700) on tmpfs, or in the temporary directory without one."""
-    parent = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK | os.X_OK) else None
-    return tempfile.mkdtemp(prefix="onecast-", dir=parent)  # mkdtemp: 0700, random name
+def name_run_dir() -> str:
+    """An unguessable path on tmpfs, or in the temporary directory without one; nothing is made."""
+    usable = os.access(_SHARED_MEMORY, os.W_OK | os.X_OK)
+    parent = _SHARED_MEMORY if usable else tempfile.gettempdir()
+    return f"{parent}/onecast-{secrets.token_hex(8)}"
+
+
+def make_run_dir(path: str | None = None) -> str:
+    """Make the directory, private (mode 0700): `path`, which must be new, or one of its own."""
+    path = path or name_run_dir()
+    os.mkdir(path, 0o700)
+    return path
 
 
 def ring_path(run_dir: str, rank: int) -> Path:

@@ -127,7 +127,8 @@ class SidecarProcess:
             ready, _, _ = select.select([descriptor], [], [], remaining)
             if not ready:
                 raise TelemetryError(
-                    f"the telemetry sidecar (pid {self.pid}) did not {purpose} within {timeout_s} s"
+                    f"the telemetry sidecar (pid {self.pid}) did not {purpose} "
+                    f"within {timeout_s:.1f} s"
                 )
             chunk = os.read(descriptor, 1 << 16)
             if not chunk:

@@ -128,9 +128,12 @@ def test_a_stopped_run_ends_cleanly_and_says_how_to_go_on(
     read_results(output)
 
 
-def test_a_killed_launcher_takes_its_ranks_with_it(batch: Path) -> None:
+@pytest.mark.parametrize("when", ["at the start", "in the middle"])
+def test_a_killed_launcher_takes_its_ranks_with_it(batch: Path, when: str) -> None:
     process = start(*args(batch))
-    wait_for_results(batch.with_name("out.jsonl"), 2, process)
+    if when == "in the middle":
+        wait_for_results(batch.with_name("out.jsonl"), 2, process)
+    wait_for(lambda: len(rank_processes(process.pid)) == 2, "two ranks")
     ranks = set(rank_processes(process.pid).values())
     process.kill()
     finish(process, 30)

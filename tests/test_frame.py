@@ -637,3 +637,19 @@ def test_a_frame_longer_than_its_memory_is_refused():
     header = read_header(small.memory, 0)
     with pytest.raises(FrameError, match="beyond"):
         Decoder().decode(small, header, small.memory)
+
+
+@pytest.mark.parametrize("wrong", [None, [1], 7, "text"])
+def test_what_is_no_mapping_is_refused_by_its_type(wrong: Any) -> None:
+    for encoder in (Encoder(), Encoder()):
+        with pytest.raises(ValueError, match=f"not an object of type {type(wrong).__name__}"):
+            encoder.plan(wrong)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_and_leaves_the_encoder_as_it_was() -> None:
+    encoder = Encoder()
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    with pytest.raises(UnsupportedTypeError, match="shape"):
+        encoder.plan({"x": nested})
+    assert encoder.plan({"x": torch.ones(2)}).total > 0

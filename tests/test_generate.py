@@ -164,6 +164,23 @@ def test_an_unsupported_architecture_is_named_with_what_is_supported(
     assert "LlamaForCausalLM" in message
 
 
+def test_files_of_a_run_are_never_each_other_nor_something_else(batch: Path) -> None:
+    before = batch.read_bytes()
+    folder = batch.with_name("folder")
+    folder.mkdir()
+    for options, word in (
+        ((f"--output={batch}", "--overwrite"), "--input"),
+        ((f"--trace={batch}",), "no trace file"),
+        ((f"--output={folder}", "--overwrite"), "not a regular file"),
+        (("--output=/dev/null", "--overwrite"), "not a regular file"),
+        ((f"--output={batch}/x.jsonl",), "in.jsonl"),
+        ((f"--trace={folder}",), "not a regular file"),
+        ((f"--input={folder}",), "not a regular file"),
+    ):
+        assert word in refusal(batch, *options), options
+    assert batch.read_bytes() == before
+
+
 def test_heads_that_ranks_do_not_divide_are_named(batch: Path, tiny: Path) -> None:
     message = refusal(batch, f"--model={tiny}", tp=3)
     assert "3" in message and "4" in message
@@ -175,6 +192,7 @@ def test_heads_that_ranks_do_not_divide_are_named(batch: Path, tiny: Path) -> No
         ("--num-blocks=-1", ("--num-blocks", "-1", "1")),
         ("--block-size=0", ("--block-size", "0", "1")),
         ("--timeout-s=nan", ("--timeout-s", "nan")),
+        ("--timeout-s=inf", ("--timeout-s", "inf", "604800")),
         ("--metrics-port=70000", ("70000", "65535")),
         ("--max-model-len=100000", ("100000", "512")),
         ("--num-blocks=100000000", ("bytes",)),
