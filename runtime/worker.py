@@ -36,10 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     errors = get_error_handler()  # tells the elastic agent why, for its one message
     errors.initialize()
-    launched_by_onecast = False
+    environment: RankEnvironment | None = None
     try:
         environment = rank_environment()
-        launched_by_onecast = environment.launched_by_onecast
         if environment.launcher_pid is not None:
             _die_with(environment.launcher_pid)
         run(run_config(options), environment)
@@ -47,17 +46,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         errors.record_exception(error)
-        if not launched_by_onecast:  # else the launcher says it, once for all ranks
-            _explain(error)
+        # The launcher of `onecast` says it once for all ranks.
+        if environment is None or not environment.launched_by_onecast:
+            _explain(error, rank=0 if environment is None else environment.rank)
         return 1
     return 0
 
 
-def _explain(error: Exception) -> None:
+def _explain(error: Exception, rank: int) -> None:
     """Bad input is the same on every rank: one of them says it, in one line."""
     if not isinstance(error, ValueError):
         traceback.print_exc()
-    elif os.environ.get("RANK", "0") == "0":
+    elif rank == 0:
         print(f"onecast: {error}", file=sys.stderr)
 
 
