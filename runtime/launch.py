@@ -22,8 +22,6 @@ from .failure import root_cause
 from .preflight import check, check_port
 from .wiring import name_run_directory, remove_run_directory
 
-_SHUTDOWN_TIMEOUT_S = "5"  # a rank that does not end when asked to is killed after that
-
 
 def launch(config: RunConfig) -> int:
     """Run `config.tp` ranks to their end; returns the exit status and prints why if it is not 0."""
@@ -34,7 +32,6 @@ def launch(config: RunConfig) -> int:
     log_directory = tempfile.mkdtemp(prefix="onecast-")
     os.environ[RUN_DIR_VARIABLE] = run_directory
     os.environ[LAUNCHER_PID_VARIABLE] = str(os.getpid())
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)
     # As torchrun does, but a share of the cores instead of one: CPU ranks compute.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.tp)))
     # The agent's own report of a failure is a page long; ours is one sentence.
