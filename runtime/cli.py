@@ -45,12 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "demo":
             options.overwrite = options.overwrite or not options.resume
+            if options.no_telemetry and options.trace == _demo_defaults()["trace"]:
+                options.trace = None
         from .launch import launch  # torch: not needed to answer --help
 
         return launch(run_config(options))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"onecast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the launcher handles signals itself
+        print("onecast: stopped by SIGINT before any rank was started", file=sys.stderr)
+        return 130
 
 
 def _demo_defaults() -> dict[str, object]:

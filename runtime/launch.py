@@ -72,7 +72,8 @@ def _progress(config: RunConfig) -> str:
     if not config.output.exists():
         return ""
     complete, lines = count_complete(config.output), count_lines(config.input)
+    instead = " instead of --overwrite" if config.overwrite else ""
     return (
         f"; {complete} of {lines} results are complete in {config.output}, the same command with "
-        "--resume finishes the rest"
+        f"--resume{instead} finishes the rest"
     )
