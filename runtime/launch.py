@@ -25,7 +25,7 @@ from .wiring import name_run_directory, remove_run_directory
 
 def launch(config: RunConfig) -> int:
     """Run `config.tp` ranks to their end; returns the exit status and prints why if it is not 0."""
-    check(config, config.tp)
+    check(config, tp=config.tp, local_ranks=config.tp)
     if not config.no_telemetry:
         check_port(config.metrics_host, config.metrics_port)
     run_directory = name_run_directory()

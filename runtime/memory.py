@@ -40,6 +40,22 @@ def block_counts(
     return num_blocks, num_host_blocks
 
 
+def check_host_memory(config: RunConfig, *, bytes_per_block: int, local_ranks: int) -> None:
+    """ValueError: the blocks that were asked for need more host memory than there is.
+
+    All ranks of this host together: each for itself would find enough.
+    """
+    num_blocks = config.num_host_blocks or 0
+    if config.device == "cpu":
+        num_blocks += config.num_blocks or 0
+    needed, available = local_ranks * num_blocks * bytes_per_block, _host_bytes()
+    if needed > available:
+        raise ValueError(
+            f"--num-blocks, --num-host-blocks: {num_blocks:,} blocks of {bytes_per_block:,} bytes "
+            f"on {local_ranks} ranks need {needed:,} bytes of memory; {available:,} are available"
+        )
+
+
 def _host_bytes() -> int:
     """Memory the kernel says is available, within the container's limit where there is one."""
     fields = dict(

@@ -71,11 +71,13 @@ def load_model(
     config = ModelConfig.from_dir(model_dir)
     config.check_tensor_parallel(1 if group is None else dist.get_world_size(group))
     device = torch.device(device)
-    with Weights(model_dir, config, device=device, dtype=_dtype(dtype, config, device)) as weights:
+    with Weights(
+        model_dir, config, device=device, dtype=compute_dtype(dtype, config, device)
+    ) as weights:
         return LlamaModel(config, weights, group=group)
 
 
-def _dtype(
+def compute_dtype(
     dtype: torch.dtype | str, config: ModelConfig, device: torch.device
 ) -> torch.dtype | None:
     """The dtype to compute in; None where neither caller nor config.json says."""

@@ -13,22 +13,33 @@ import torch
 
 from .batch_file import count_lines
 from .config import RunConfig, several_ranks_per_gpu
+from .kv_cache import CacheSpec, KVCache
+from .memory import check_host_memory
 from .model_config import ModelConfig
+from .model_runner import compute_dtype
 from .tokenizer import Tokenizer
 from .weights import check_checkpoint
 
 _TRACE_START = b'{"traceEvents":'
 
 
-def check(config: RunConfig, tp: int) -> None:
-    """ValueError, in one line with the value and the limit, for a run that cannot work."""
+def check(config: RunConfig, tp: int, local_ranks: int) -> None:
+    """ValueError, in one line with the value and the limit, for a run that cannot work.
+
+    `tp` ranks in all, `local_ranks` of them on this host.
+    """
     model = ModelConfig.from_dir(config.model)
     model.check_tensor_parallel(tp)
     check_checkpoint(config.model, model)
     Tokenizer(config.model)
     config.context_limit(model.max_position_embeddings)
     _check_files(config)
-    _check_gpus(config, tp)
+    _check_gpus(config, local_ranks)
+    # A GPU's blocks are checked by the rank that has it: the launcher keeps away from GPUs.
+    dtype = compute_dtype(config.dtype, model, torch.device(config.device)) or torch.float32
+    spec = CacheSpec(model.num_layers, model.kv_heads_per_rank(tp), model.head_dim, dtype)
+    bytes_per_block = KVCache.bytes_per_block(spec, config.block_size)
+    check_host_memory(config, bytes_per_block=bytes_per_block, local_ranks=local_ranks)
 
 
 def check_port(host: str, port: int) -> None:
@@ -92,11 +103,13 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _check_gpus(config: RunConfig, tp: int) -> None:
+def _check_gpus(config: RunConfig, local_ranks: int) -> None:
     if config.device != "cuda":
         return
     count = torch.cuda.device_count()
     if count == 0:
         raise ValueError("--device cuda: this machine has no GPU that torch can use")
-    if count < tp and not several_ranks_per_gpu():
-        raise ValueError(f"--tp: {tp} ranks need {tp} GPUs; this machine has {count}")
+    if count < local_ranks and not several_ranks_per_gpu():
+        raise ValueError(
+            f"--tp: {local_ranks} ranks need {local_ranks} GPUs; this machine has {count}"
+        )

@@ -66,7 +66,7 @@ def run(config: RunConfig, environment: RankEnvironment) -> None:
     if config.tp not in (1, environment.world_size):
         raise ValueError(f"--tp: {config.tp}, but torchrun started {environment.world_size} ranks")
     if not environment.launched_by_onecast:  # else the launcher has done it
-        check(config, environment.world_size)
+        check(config, environment.world_size, environment.local_world_size)
     figures: RunFigures | None = None
     with process_groups(config, environment) as (device, model_group, control_group):
         telemetry = RunTelemetry(config, environment)

@@ -195,7 +195,7 @@ def test_heads_that_ranks_do_not_divide_are_named(batch: Path, tiny: Path) -> No
         ("--timeout-s=inf", ("--timeout-s", "inf", "604800")),
         ("--metrics-port=70000", ("70000", "65535")),
         ("--max-model-len=100000", ("100000", "512")),
-        ("--num-blocks=100000000", ("bytes",)),
+        ("--num-blocks=100000000", ("--num-blocks", "100,000,000", "bytes")),
     ],
 )
 def test_sizes_out_of_range_are_named_with_their_limit(
