@@ -33,7 +33,7 @@ lint: install ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## measure every claim of the README (ARGS="--quick --json FILE")
+bench: install ## measure the step broadcast (ARGS="--quick --json FILE")
 	$(BIN)/onecast bench comm $(ARGS)
 
 gpu-check: install ## the tests that need a GPU

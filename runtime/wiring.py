@@ -10,12 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from onecast.telemetry import (
     Session,
     TelemetrySettings,
-    make_run_dir,
+    agree_on_run_dir,
     name_run_dir,
     remove_run_dir,
     start_session,
@@ -76,7 +74,10 @@ class RunTelemetry:
             world_size=environment.world_size,
             local_world_size=environment.local_world_size,
             engine_id=environment.run_id,
-            run_dir=_agree_on_run_dir(environment),
+            # Not the launcher makes it: killed at that moment, it would leave it behind.
+            run_dir=agree_on_run_dir(
+                environment.local_rank, node=environment.node, path=environment.run_dir
+            ),
             settings=TelemetrySettings.from_env(
                 metrics_host=config.metrics_host,
                 metrics_port=config.metrics_port,
@@ -90,12 +91,3 @@ class RunTelemetry:
         if self._session is not None:
             # After an error other ranks may never leave: do not make them wait for us.
             self.report = self._session.close(wait=kind is None)
-
-
-def _agree_on_run_dir(environment: RankEnvironment) -> str:
-    # Not the launcher makes it: killed at that moment, it would leave it behind.
-    mine = make_run_dir(environment.run_dir) if environment.local_rank == 0 else None
-    found: list[tuple[int, str | None]] = [(0, None)] * environment.world_size
-    dist.all_gather_object(found, (environment.node, mine))
-    (path,) = (path for node, path in found if node == environment.node and path is not None)
-    return path

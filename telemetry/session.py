@@ -12,7 +12,7 @@ from typing import Any, Self
 from .intercept import CollectiveInstrumentor
 from .probe import RingProbe
 from .ring import DISCARDED, OK, PHASE, STEP_KIND, RingWriter, pack_meta
-from .run_directory import make_run_dir, remove_run_dir, ring_path
+from .run_directory import agree_on_run_dir, make_run_dir, remove_run_dir, ring_path
 from .settings import TelemetrySettings
 from .sidecar_process import SidecarProcess
 from .values import VALUE_INDEX, VALUES
@@ -166,6 +166,7 @@ class Session:
         if self._closed:
             return self._last_report
         self._closed = True
+        self._instrumentor.sample_coverage()
         self._instrumentor.uninstrument()
         self._ring.close()
         if self._sidecar is not None:
@@ -204,9 +205,10 @@ def start_session(
 ) -> Session:
     """Start recording in this process; on local rank 0 also the node's sidecar.
 
-    `run_dir` comes from `make_run_dir()`, called once per node and told to its other ranks; a
-    lone local rank may leave it out. Raises ValueError for settings that cannot be (a metrics
-    port in use among them), TelemetryError if the ring or the sidecar cannot be had.
+    Without `run_dir` the ranks agree on one, by a collective call of the default group; where
+    there is none, call `make_run_dir()` once per node and tell the other ranks. Raises ValueError
+    for settings that cannot be (a metrics port in use among them), TelemetryError if the ring or
+    the sidecar cannot be had.
     """
     if not 0 <= local_rank < local_world_size <= world_size or not 0 <= rank < world_size:
         raise ValueError(
@@ -214,11 +216,7 @@ def start_session(
             "ranks count from 0 and stay below their world size"
         )
     if run_dir is None:
-        if local_world_size != 1:
-            raise ValueError(
-                f"run_dir is None with {local_world_size} local ranks: they must share one"
-            )
-        run_dir = make_run_dir()
+        run_dir = make_run_dir() if local_world_size == 1 else agree_on_run_dir(local_rank)
     sidecar = None
     try:
         ring = RingWriter(

@@ -182,6 +182,30 @@ time.sleep(60)
 """
 
 
+def _without_a_run_dir(rank: int) -> tuple[str, list[int] | None]:
+    import torch
+    import torch.distributed as dist
+
+    session = start_session(
+        rank=rank,
+        local_rank=rank,
+        world_size=2,
+        local_world_size=2,
+        engine_id="engine",
+        settings=TelemetrySettings(),
+    )
+    dist.all_reduce(torch.ones(4))
+    final = session.close()
+    return session.run_dir, None if final is None else final["ranks"]
+
+
+def test_ranks_agree_on_a_directory_of_their_own_where_none_is_given() -> None:
+    (first, ranks), (second, nothing) = run_ranks(_without_a_run_dir, 2)
+    assert first == second
+    assert ranks == [0, 1] and nothing is None
+    assert not Path(first).exists()
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -270,7 +294,7 @@ def test_bad_settings_say_what_is_wrong() -> None:
         TelemetrySettings(metrics_port=70000)
     with pytest.raises(ValueError, match="otlp_protocol is 'http/json'"):
         TelemetrySettings(otlp_protocol="http/json")
-    with pytest.raises(ValueError, match="run_dir is None with 2 local ranks"):
+    with pytest.raises(ValueError, match="is not initialised"):
         start_session(
             rank=0,
             local_rank=0,

@@ -105,7 +105,12 @@ def run_hanging_ranks(folder: str) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_rank_survives_an_interrupted_or_killed_parent(tmp_path, how):
-    script = "import sys, test_testing_helper as t\nt.run_hanging_ranks(sys.argv[1])"
+    script = (
+        "import signal, sys, test_testing_helper as t\n"
+        # A shell that starts jobs in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "t.run_hanging_ranks(sys.argv[1])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-P", "-c", script, str(tmp_path)]
     parent = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
