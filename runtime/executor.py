@@ -1,7 +1,6 @@
-"""Carries out steps on one rank: the order inside a step, and the loop of the ranks that follow.
+"""Carries out steps on one rank: block operations, then the forward; and the followers' loop.
 
-Inside a step: swap out, swap in, copy, forward. Knows nothing of requests or of scheduling; rank 0
-drives its own executor through `engine.py`.
+Knows nothing of requests or of scheduling; rank 0 drives its own executor through `engine.py`.
 """
 
 from collections.abc import Mapping
@@ -23,22 +22,13 @@ class StepExecutor:
         self._model = model
         self._kv_cache = kv_cache
         self._observer = observer
-        self._block_operations = (
-            ("swap_out", "kv.swap_out", kv_cache.swap_out),
-            ("swap_in", "kv.swap_in", kv_cache.swap_in),
-            ("copy", "kv.copy", kv_cache.copy),
-        )
 
     def execute(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Run one step; `inputs` is the step's frame as `step.prepare_inputs` lays it out.
 
         Returns the float32 logits `[num_rows, vocab_size]` on the driver, None elsewhere.
         """
-        for key, phase, operation in self._block_operations:
-            pairs = inputs[key]
-            if pairs.shape[0]:
-                with self._observer.phase(phase):
-                    operation(pairs)
+        self._kv_cache.apply(inputs, self._observer.phase)
         with self._observer.phase("model.forward"):
             return self._model.forward(inputs, self._kv_cache)
 

@@ -1,6 +1,7 @@
 """The paged KV cache of one rank: a device pool, a host pool, and moving blocks between them.
 
-Owns the two pools and their layout. Which block holds what is the block manager's business.
+Owns the two pools, their layout, and the order of moves inside a step. Which block holds what is
+the block manager's business.
 
     pool [num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim]
 
@@ -8,14 +9,16 @@ One block of all layers is contiguous, so that it moves in one piece.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .memory import available_host_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class KVCache:
             for layer in range(spec.num_layers)
         ]
         self._gathered = torch.empty(2, 0, *block_shape[2:], dtype=spec.dtype, device=device)
+        self._moves = (("swap_out", self.swap_out), ("swap_in", self.swap_in), ("copy", self.copy))
         self._device_rows = _rows(self.device_pool, self.device)
         self._host_rows = _rows(self.host_pool, self.device)
 
@@ -98,11 +102,20 @@ class KVCache:
             torch.index_select(values, 0, blocks, out=self._gathered[1, :n]),
         )
 
-    def apply(self, mapping: Mapping[str, Any]) -> None:
-        """Carry out a step's `swap_out`, then `swap_in`, then `copy`: int64 [n, 2] each."""
-        self.swap_out(mapping["swap_out"])
-        self.swap_in(mapping["swap_in"])
-        self.copy(mapping["copy"])
+    def apply(
+        self,
+        mapping: Mapping[str, Any],
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Carry out a step's `swap_out`, then `swap_in`, then `copy`: int64 [n, 2] each.
+
+        Each that has anything to do runs inside `phase("kv.swap_out")` and so on.
+        """
+        for name, move in self._moves:
+            pairs = mapping[name]
+            if len(pairs):
+                with phase(f"kv.{name}"):
+                    move(pairs)
 
     def swap_out(self, pairs: Any) -> None:
         """Copy blocks from the device to the host: pairs (device block, host block)."""
@@ -164,20 +177,9 @@ def _check_room(*wanted: tuple[torch.device, int]) -> None:
     for device, size in wanted:
         needs[device] = needs.get(device, 0) + size
     for device, size in needs.items():
-        available = _available_bytes(device)
-        if available is not None and size > available:
+        cuda = device.type == "cuda"
+        available = torch.cuda.mem_get_info(device)[0] if cuda else available_host_bytes()
+        if size > available:
             raise ValueError(
                 f"the KV cache needs {size:,} bytes of {device} memory; {available:,} are available"
             )
-
-
-def _available_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # not Linux: the allocator will say
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -1,6 +1,6 @@
 """How many KV-cache blocks a rank gets: what was asked for, or what memory allows.
 
-Owns that decision; whether the pools fit is the KV cache's own check.
+Owns that decision and what memory the host has; whether the pools fit is the KV cache's own check.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def block_counts(
     Without `--num-blocks` there is room for `--max-batch-size` sequences of the greatest length,
     or for as much of that as memory allows; without `--num-host-blocks` as many on the host.
     """
-    host_bytes = int(_host_bytes() * HOST_SHARE) // local_world_size
+    host_bytes = int(available_host_bytes() * HOST_SHARE) // local_world_size
     num_blocks, num_host_blocks = config.num_blocks, config.num_host_blocks
     if num_blocks is None:
         device_bytes = host_bytes
@@ -48,7 +48,7 @@ def check_host_memory(config: RunConfig, *, bytes_per_block: int, local_ranks: i
     num_blocks = config.num_host_blocks or 0
     if config.device == "cpu":
         num_blocks += config.num_blocks or 0
-    needed, available = local_ranks * num_blocks * bytes_per_block, _host_bytes()
+    needed, available = local_ranks * num_blocks * bytes_per_block, available_host_bytes()
     if needed > available:
         raise ValueError(
             f"--num-blocks, --num-host-blocks: {num_blocks:,} blocks of {bytes_per_block:,} bytes "
@@ -56,18 +56,24 @@ def check_host_memory(config: RunConfig, *, bytes_per_block: int, local_ranks: i
         )
 
 
-def _host_bytes() -> int:
-    """Memory the kernel says is available, within the container's limit where there is one."""
+def available_host_bytes() -> int:
+    """Memory the kernel says is available, within the container's limit where there is one.
+
+    Of the container's use, files the kernel can drop at once do not count, as for the kubelet.
+    """
     fields = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
     )
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, max(0, int(text) - int(used.read_text())))
-    return available
+    cgroup = Path("/sys/fs/cgroup")
+    if not (cgroup / "memory.max").exists():
+        return available
+    limit = (cgroup / "memory.max").read_text().strip()
+    if limit == "max":
+        return available
+    statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    used = int((cgroup / "memory.current").read_text()) - int(statistics["inactive_file"])
+    return min(available, max(0, int(limit) - used))
 
 
 def _agreed(count: int, device: torch.device) -> int:
