@@ -8,6 +8,7 @@ from .errors import (
     FrameError,
     OutOfStep,
     PeerLost,
+    PublishTimeout,
     ReceiveTimeout,
     UnsupportedTypeError,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "PeerLost",
     "Probe",
     "ProcessGroupChannel",
+    "PublishTimeout",
     "ReceiveTimeout",
     "UnsupportedTypeError",
     "broadcast_tensor_dict",

@@ -5,12 +5,13 @@
     ├── FrameError             the bytes that arrived are no frame: malformed, truncated, foreign
     │   └── OutOfStep          they are one, but not the one that was due
     ├── ReceiveTimeout         nothing came in time; receive again to go on (a TimeoutError too)
+    ├── PublishTimeout         ranks did not take earlier frames in time (a TimeoutError too)
     ├── PeerLost               a rank is gone without having closed
     ├── Closed                 the channel was closed, by the source or here
     └── BrokenChannel          used after an error that left the ranks out of step
 
-A bad argument is a plain ValueError. It, UnsupportedTypeError and a ReceiveTimeout of `receive`
-leave a channel as it was; after any other error it refuses further use.
+A bad argument is a plain ValueError. It, UnsupportedTypeError, a ReceiveTimeout of `receive` and a
+PublishTimeout that says so leave a channel as it was; after any other error it refuses further use.
 """
 
 
@@ -27,19 +28,32 @@ class FrameError(CommError):
 
 
 class OutOfStep(FrameError):
-    """A sound frame with another sequence number than the one that was due."""
+    """A sound frame, but not the one that was due: missing, repeated, reordered or foreign.
 
-    def __init__(self, expected: int, received: int, layout: int) -> None:
-        super().__init__(
-            f"out of step: frame {expected} was due, frame {received} (layout {layout}) arrived"
+    Origins are what `header` describes: the sender's rank and the number of its channel.
+    """
+
+    def __init__(
+        self, expected: int, received: int, layout: int, origin: int, received_origin: int
+    ) -> None:
+        due = f"frame {expected} of channel {origin >> 16} from rank {origin & 0xFFFF}"
+        came = (
+            f"frame {received} (layout {layout}) of channel {received_origin >> 16} "
+            f"from rank {received_origin & 0xFFFF}"
         )
+        super().__init__(f"out of step: {due} was due, {came} arrived")
         self.expected = expected
         self.received = received
         self.layout = layout
+        self.sender = received_origin & 0xFFFF
 
 
 class ReceiveTimeout(CommError, TimeoutError):
     """A wait ended; the text says what was awaited, from whom and for how long."""
+
+
+class PublishTimeout(CommError, TimeoutError):
+    """Ranks did not take frames in time; the text names them, what they took and their state."""
 
 
 class PeerLost(CommError):

@@ -199,7 +199,7 @@ class Decoder:
         `memory` holds the frame's header and metadata at least, their checksum checked. Raises
         FrameError.
         """
-        _, _, flags, number, sequence, metadata_length, start, _ = header
+        _, _, flags, number, sequence, metadata_length, start, _, _ = header
         metadata = memory[HEADER_BYTES : HEADER_BYTES + metadata_length]
         if len(metadata) != metadata_length:
             raise FrameError(f"truncated: {len(metadata)} bytes of metadata are left")
@@ -259,7 +259,7 @@ class Decoder:
         return mapping
 
 
-def write(message: Message, sequence: int, region: Region) -> None:
+def write(message: Message, sequence: int, origin: int, region: Region) -> None:
     """Write a whole frame into host memory.
 
     Raises UnsupportedTypeError for a tensor whose content cannot be read, one on the meta device.
@@ -268,10 +268,10 @@ def write(message: Message, sequence: int, region: Region) -> None:
         region.copy_in(message.placement, message.sources, message.one_by_one)
     except (RuntimeError, NotImplementedError) as error:
         _blame(message, region, error)
-    write_head(message, sequence, region)
+    write_head(message, sequence, origin, region)
 
 
-def write_head(message: Message, sequence: int, region: Region) -> None:
+def write_head(message: Message, sequence: int, origin: int, region: Region) -> None:
     """Write header and metadata into host memory."""
     placement = message.placement
     assert region.memory is not None and placement.end <= region.nbytes
@@ -283,13 +283,14 @@ def write_head(message: Message, sequence: int, region: Region) -> None:
         message.metadata,
         placement.start,
         placement.end,
+        origin,
     )
 
 
-def write_goodbye(sequence: int, region: Region) -> None:
+def write_goodbye(sequence: int, origin: int, region: Region) -> None:
     """Write the frame that closes a channel; it is as long as a header with its padding."""
     assert region.memory is not None
-    write_header(region.memory, CLOSES, 0, sequence, b"", ALIGNMENT, ALIGNMENT)
+    write_header(region.memory, CLOSES, 0, sequence, b"", ALIGNMENT, ALIGNMENT, origin)
 
 
 def rebuild(message: Message, region: Region) -> dict[Any, Any]:

@@ -12,15 +12,17 @@ Owns the format below down to the end of the metadata. Knows nothing of what met
      16     |   4   metadata length                                 |
      20     |   4   start of the tensors, a multiple of 64          |
      24     |   4   total length                                    |
+     28     |   4   origin: channel number, sender's rank           |
             +-------------------------------------------------------+
-     28     |       metadata                                        |
+     32     |       metadata                                        |
             +-------------------------------------------------------+
             |       padding                                         |
             +-------------------------------------------------------+
      start  |       tensors, to the total length                    |
             +-------------------------------------------------------+
 
-All numbers are little-endian.
+All numbers are little-endian. The origin tells frames of one channel from those of another: its low
+half is the sender's global rank, its high half a number drawn when the channel opened.
 """
 
 import struct
@@ -37,8 +39,8 @@ ALIGNMENT = 64  # of each tensor: a cache line, and enough for any vector load
 MAX_FRAME_BYTES = (1 << 32) - 1
 MAX_LAYOUTS = 128
 
-_HEADER = struct.Struct("<IBBHQIII")
-_CHECKED = struct.Struct("<BBHQIII")  # all but the checksum
+_HEADER = struct.Struct("<IBBHQIIII")
+_CHECKED = struct.Struct("<BBHQIIII")  # all but the checksum
 _CHECKSUM_BYTES = 4
 HEADER_BYTES = _HEADER.size
 
@@ -56,6 +58,12 @@ class Header(NamedTuple):
     metadata_length: int
     start: int
     total: int
+    origin: int
+
+
+def make_origin(sender: int, channel: int) -> int:
+    """The origin of what global rank `sender` publishes on the channel of this number."""
+    return (channel & 0xFFFF) << 16 | sender & 0xFFFF
 
 
 def aligned(nbytes: int) -> int:
@@ -71,25 +79,26 @@ def write_header(
     metadata: bytes,
     start: int,
     total: int,
+    origin: int,
 ) -> None:
     """Write header and metadata to the front of `memory`."""
-    fields = _CHECKED.pack(VERSION, flags, layout, sequence, len(metadata), start, total)
+    fields = _CHECKED.pack(VERSION, flags, layout, sequence, len(metadata), start, total, origin)
     checked = fields + metadata
     checksum = zlib.crc32(checked).to_bytes(_CHECKSUM_BYTES, "little")
     memory[: _CHECKSUM_BYTES + len(checked)] = checksum + checked
 
 
-def read_header(memory: memoryview, expected: int) -> Header:
+def read_header(memory: memoryview, expected: int, origin: int) -> Header:
     """The header at the front of `memory`, its lengths consistent with one another.
 
     The checksum is checked if `memory` holds all metadata; if not, call `check_metadata` once it
-    does. Raises FrameError, and OutOfStep if the sequence number is not `expected`.
+    does. Raises FrameError, and OutOfStep if sequence number or origin are not the expected ones.
     """
     if len(memory) < HEADER_BYTES:
         raise FrameError(f"{len(memory)} bytes are no frame: its header alone is {HEADER_BYTES}")
     # Around the generated __new__: it runs Python code for what is one C call.
     header = tuple.__new__(Header, _unpack(memory))
-    checksum, version, flags, layout, sequence, metadata_length, start, total = header
+    checksum, version, flags, layout, sequence, metadata_length, start, total, came_from = header
     if version != VERSION:
         raise FrameError(f"no frame of this version: {version:#x} stands where {VERSION:#x} should")
     end = HEADER_BYTES + metadata_length
@@ -102,8 +111,8 @@ def read_header(memory: memoryview, expected: int) -> Header:
         )
     if flags > CLOSES or layout >= MAX_LAYOUTS:
         raise FrameError(f"flags are {flags:#x}, layout is {layout}")
-    if sequence != expected:
-        raise OutOfStep(expected, sequence, layout)
+    if sequence != expected or came_from != origin:
+        raise OutOfStep(expected, sequence, layout, origin, came_from)
     return header
 
 

@@ -1,20 +1,31 @@
-"""Who the ranks of a group are, and which of them is gone.
+"""Who the ranks of a group are, which of them is gone, and how the others are.
 
 Owns the one exchange at which a channel opens: each rank tells its host, process and what it was
-asked to open. Afterwards a lost connection, which Gloo reports without a rank, can be given one:
-processes of this host are looked up in /proc. Knows nothing of frames.
+asked to open. Afterwards the processes of this host are watched through pidfds: a look at all of
+them is one system call, and neither a reused pid nor a zombie passes for alive. Knows nothing of
+frames.
 """
 
 import hashlib
 import os
+import select
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 _SETTLE_S = 1.0  # a socket closes a moment before its process counts as gone
+_STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "waiting for a device",
+    "T": "stopped",
+    "t": "stopped by a debugger",
+    "I": "idle",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,49 +36,84 @@ class Peer:
     host: int
     pid: int
     started: int  # clock ticks after boot: a reused pid has another
+    told: dict[str, int] = field(default_factory=dict)
 
-    def alive(self) -> bool:
+    def state(self) -> str | None:
+        """What its process does, in a word; None: it is no more."""
         try:
-            state, started = _stat(self.pid)
+            letter, started = _stat(self.pid)
         except FileNotFoundError:
-            return False
+            return None
         except ProcessLookupError:  # it went between open and read
-            return False
-        return state not in "ZX" and started == self.started
+            return None
+        if letter in "ZX" or started != self.started:
+            return None
+        return _STATES.get(letter, f"in state {letter}")
 
 
 class Peers:
-    """All ranks of a group."""
+    """All ranks of a group, seen from one of them."""
 
     def __init__(self, peers: list[Peer], own_rank: int) -> None:
-        self._host = next(peer.host for peer in peers if peer.rank == own_rank)
-        self.ranks = [peer.rank for peer in peers]
-        self._neighbours = [
-            peer for peer in peers if peer.host == self._host and peer.rank != own_rank
+        self.by_rank = {peer.rank: peer for peer in peers}
+        self.own = self.by_rank[own_rank]
+        self.ranks = list(self.by_rank)
+        self.neighbours = [
+            peer for peer in peers if peer.host == self.own.host and peer.rank != own_rank
         ]
-        self.on_one_host = len(self._neighbours) + 1 == len(peers)
+        self.on_one_host = len(self.neighbours) + 1 == len(peers)
+        self._poll = select.poll()
+        self._watched: dict[int, int] = {}  # pidfd: rank
+        self._gone: list[int] = []
+        for peer in self.neighbours:
+            self._watch(peer)
 
     @classmethod
     def exchange(
-        cls, group: dist.ProcessGroup, device: torch.device, agreement: dict[str, int]
+        cls,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        agreement: Mapping[str, int],
+        told: Mapping[str, int] | None = None,
     ) -> "Peers":
-        """One all_gather. Every rank must bring an equal `agreement`, or all raise ValueError."""
+        """One all_gather. Every rank must bring an equal `agreement`, or all raise ValueError.
+
+        `told` has the same names on every rank; what each brought is in `Peer.told`.
+        """
+        told = told or {}
         _, started = _stat(os.getpid())
-        own = torch.tensor([_host_key(), os.getpid(), started, *agreement.values()], device=device)
+        fields = [_host_key(), os.getpid(), started, *agreement.values(), *told.values()]
+        own = torch.tensor(fields, dtype=torch.int64, device=device)
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(rows, own, group=group)
         ranks = dist.get_process_group_ranks(group)
         table = [row.tolist() for row in rows]
         for column, name in enumerate(agreement, start=3):
             if len({row[column] for row in table}) > 1:
-                told = {rank: row[column] for rank, row in zip(ranks, table, strict=True)}
-                raise ValueError(f"the ranks disagree about {name}: {told}")
-        peers = [Peer(rank, *row[:3]) for rank, row in zip(ranks, table, strict=True)]
+                brought = {rank: row[column] for rank, row in zip(ranks, table, strict=True)}
+                raise ValueError(f"the ranks disagree about {name}: {brought}")
+        first = 3 + len(agreement)
+        peers = [
+            Peer(rank, row[0], row[1], row[2], dict(zip(told, row[first:], strict=True)))
+            for rank, row in zip(ranks, table, strict=True)
+        ]
         return cls(peers, dist.get_rank())
 
     def gone(self) -> int | None:
-        """The first rank of this host whose process is no more."""
-        return next((peer.rank for peer in self._neighbours if not peer.alive()), None)
+        """The first rank of this host whose process is no more; about a microsecond."""
+        if not self._gone:
+            for fd, _ in self._poll.poll(0):
+                self._gone.append(self._watched[fd])
+                self._unwatch(fd)
+        return self._gone[0] if self._gone else None
+
+    def excuse(self, rank: int) -> None:
+        """`rank` has left in order: from now on its process may end."""
+        for fd, watched in list(self._watched.items()):
+            if watched == rank:
+                self._unwatch(fd)
+        if rank in self._gone:
+            self._gone.remove(rank)
 
     def find_gone(self) -> int | None:
         """The same after a connection was lost: waits a moment for the process to end."""
@@ -77,6 +123,38 @@ class Peers:
             if rank is not None or time.monotonic() >= deadline:
                 return rank
             time.sleep(0.01)
+
+    def describe(self, rank: int) -> str:
+        """What can be said of a rank that is waited for."""
+        peer = self.by_rank[rank]
+        if peer.host != self.own.host:
+            return "on another host"
+        state = peer.state()
+        return f"process {peer.pid} is {state}" if state else f"process {peer.pid} has ended"
+
+    def close(self) -> None:
+        for fd in list(self._watched):
+            self._unwatch(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _watch(self, peer: Peer) -> None:
+        try:
+            fd = os.pidfd_open(peer.pid)
+        except ProcessLookupError:
+            self._gone.append(peer.rank)
+            return
+        self._watched[fd] = peer.rank
+        self._poll.register(fd, select.POLLIN)
+        if peer.state() is None:  # the pid had changed hands before it could be watched
+            self._unwatch(fd)
+            self._gone.append(peer.rank)
+
+    def _unwatch(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        del self._watched[fd]
+        os.close(fd)
 
 
 def _stat(pid: int) -> tuple[str, int]:

@@ -19,6 +19,7 @@ its process having gone, on this host within a second.
 """
 
 import logging
+import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -30,7 +31,15 @@ import torch.distributed as dist
 from .channel import DEFAULT_TIMEOUT_S, Frame
 from .errors import BrokenChannel, Closed, CommError, PeerLost, ReceiveTimeout
 from .frame import Decoder, Encoder, rebuild
-from .header import CLOSES, HEADER_BYTES, VERSION, Header, check_metadata, read_header
+from .header import (
+    CLOSES,
+    HEADER_BYTES,
+    VERSION,
+    Header,
+    check_metadata,
+    make_origin,
+    read_header,
+)
 from .ladder import Capacity, rung
 from .peers import Peers
 from .probe import Probe
@@ -80,7 +89,10 @@ class ProcessGroupChannel:
         # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
         self._group = weakref.ref(group)
         meet = place if dist.get_backend(group) == "nccl" else torch.device("cpu")
-        self._peers = Peers.exchange(group, meet, {"src": src, "frame version": VERSION})
+        agreement = {"src": src, "frame version": VERSION}
+        told = {"channel": secrets.randbits(16)}
+        self._peers = Peers.exchange(group, meet, agreement, told)
+        self._origin = make_origin(src, self._peers.by_rank[src].told["channel"])
         self._probe = probe
         self._timeout_s = timeout_s
         self._poison = poison
@@ -111,7 +123,7 @@ class ProcessGroupChannel:
         capacity = self._capacity.nbytes
         total = message.total
         staging.reserve(capacity if total <= capacity else rung(total))
-        staging.put(message, self.sequence)
+        staging.put(message, self.sequence, self._origin)
         publish_start_ns = time.perf_counter_ns() if probe is not None else 0
         try:
             self._encoder.commit(message)
@@ -178,7 +190,7 @@ class ProcessGroupChannel:
             return  # out of step: a goodbye would not be understood
         if self.is_source:
             self._staging.reserve(self._capacity.nbytes)
-            self._staging.put_goodbye(self.sequence)
+            self._staging.put_goodbye(self.sequence, self._origin)
             self._send(self._capacity.nbytes, 0)
         else:
             deadline = time.monotonic() + self._timeout_s
@@ -222,7 +234,7 @@ class ProcessGroupChannel:
             self._await(self._pending, deadline, staging.arrived)
             self._pending = None
             memory = staging.head(HEADER_BYTES)
-            header = read_header(memory, self.sequence)
+            header = read_header(memory, self.sequence, self._origin)
             if header.total <= capacity:
                 self._capacity.saw(header.total)
                 if HEADER_BYTES + header.metadata_length > len(memory):

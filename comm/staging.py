@@ -26,10 +26,10 @@ class Staging(Protocol):
     def reserve(self, nbytes: int, keep: int = 0) -> None:
         """Make the region `nbytes` long; its first `keep` bytes stay what they are."""
 
-    def put(self, message: Message, sequence: int) -> None:
+    def put(self, message: Message, sequence: int, origin: int) -> None:
         """Write a frame. Nothing has changed for anyone if this raises."""
 
-    def put_goodbye(self, sequence: int) -> None:
+    def put_goodbye(self, sequence: int, origin: int) -> None:
         """Write the frame that closes a channel."""
 
     def wire(self, begin: int, end: int) -> torch.Tensor:
@@ -57,11 +57,11 @@ class HostStaging:
             tensor[:keep].copy_(self.region.tensor[:keep])
             self.region = Region(tensor)
 
-    def put(self, message: Message, sequence: int) -> None:
-        write(message, sequence, self.region)
+    def put(self, message: Message, sequence: int, origin: int) -> None:
+        write(message, sequence, origin, self.region)
 
-    def put_goodbye(self, sequence: int) -> None:
-        write_goodbye(sequence, self.region)
+    def put_goodbye(self, sequence: int, origin: int) -> None:
+        write_goodbye(sequence, origin, self.region)
 
     def wire(self, begin: int, end: int) -> torch.Tensor:
         whole = begin == 0 and end == self.region.nbytes
@@ -107,7 +107,7 @@ class DeviceStaging:
                 tensor[:keep].copy_(self.region.tensor[:keep])
             self.region = Region(tensor)
 
-    def put(self, message: Message, sequence: int) -> None:
+    def put(self, message: Message, sequence: int, origin: int) -> None:
         pinned = self._writable(message.total)
         late = [
             isinstance(source, torch.Tensor) and source.device == self._device
@@ -118,9 +118,9 @@ class DeviceStaging:
                 None if on else source for on, source in zip(late, message.sources, strict=True)
             ]
             pinned.copy_in(message.placement, here, one_by_one=True)
-            write_head(message, sequence, pinned)
+            write_head(message, sequence, origin, pinned)
         else:
-            write(message, sequence, pinned)
+            write(message, sequence, origin, pinned)
         self._upload(message.total)
         if any(late):
             views = self.region.views(message.placement)
@@ -128,8 +128,8 @@ class DeviceStaging:
                 if on:
                     view.copy_(torch.as_tensor(source))
 
-    def put_goodbye(self, sequence: int) -> None:
-        write_goodbye(sequence, self._writable(HEADER_BYTES))
+    def put_goodbye(self, sequence: int, origin: int) -> None:
+        write_goodbye(sequence, origin, self._writable(HEADER_BYTES))
         self._upload(HEADER_BYTES)
 
     def wire(self, begin: int, end: int) -> torch.Tensor:

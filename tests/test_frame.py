@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from onecast.comm import FrameError, OutOfStep, UnsupportedTypeError
 from onecast.comm.dtypes import DTYPES_BY_NAME, FROM_NUMPY, TENSOR_DTYPES
 from onecast.comm.frame import Decoder, Encoder, rebuild, write
-from onecast.comm.header import ALIGNMENT, HEADER_BYTES, MAX_LAYOUTS, aligned, read_header
+from onecast.comm.header import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    MAX_LAYOUTS,
+    aligned,
+    make_origin,
+    read_header,
+)
 from onecast.comm.layout import MAX_DEPTH
 from onecast.comm.region import Region
 
@@ -128,6 +135,9 @@ def new_region(nbytes: int = 1 << 14) -> Region:
     return Region(torch.zeros(aligned(nbytes), dtype=torch.uint8))
 
 
+ORIGIN = make_origin(sender=3, channel=7)
+
+
 class Wire:
     """Both sides of a channel, and one piece of memory between them."""
 
@@ -143,7 +153,7 @@ class Wire:
         self.message = self.encoder.plan(mapping)
         if self.message.total > self.region.nbytes:
             self.region = new_region(self.message.total)
-        write(self.message, self.sequence, self.region)
+        write(self.message, self.sequence, ORIGIN, self.region)
         self.encoder.commit(self.message)
         self.sequence += 1
         assert self.region.memory is not None
@@ -151,7 +161,7 @@ class Wire:
 
     def receive(self) -> dict[Any, Any]:
         assert self.region.memory is not None
-        header = read_header(self.region.memory, self.sequence - 1)
+        header = read_header(self.region.memory, self.sequence - 1, ORIGIN)
         return self.decoder.decode(self.region, header, self.region.memory)
 
     def pass_on(self, mapping: Any) -> dict[Any, Any]:
@@ -253,7 +263,7 @@ def steady_metadata_bytes(mapping: dict[str, Any]) -> int:
 
 
 def test_the_block_message_has_at_most_40_bytes_that_are_neither_tensor_nor_padding():
-    assert steady_metadata_bytes(block_message()) == 35
+    assert steady_metadata_bytes(block_message()) == 39
 
 
 def test_a_further_small_tensor_costs_at_most_3_bytes():
@@ -443,7 +453,7 @@ def decode(frame: bytes | bytearray, before: bytes | None, expected: int = 0) ->
     for content in [frame] if before is None else [before, frame]:
         assert region.memory is not None
         region.memory[: len(content)] = content
-        header = read_header(region.memory, expected)
+        header = read_header(region.memory, expected, ORIGIN)
         mapping = decoder.decode(region, header, region.memory)
     return mapping
 
@@ -549,7 +559,9 @@ def test_hostile_metadata_with_a_sound_checksum_is_refused(what):
     for frame, before in ((steady, first), (first, None)):
         start = aligned(HEADER_BYTES + len(metadata))
         tensors = frame[int.from_bytes(frame[20:24], "little") :]
-        fields = frame[4:16] + struct.pack("<III", len(metadata), start, start + len(tensors))
+        fields = frame[4:16] + struct.pack(
+            "<IIII", len(metadata), start, start + len(tensors), ORIGIN
+        )
         hostile = (b"0000" + fields + metadata).ljust(start, b"\0") + tensors
         with pytest.raises(FrameError):
             decode(with_checksum(hostile), before)
@@ -581,7 +593,7 @@ DEFINITIONS = [
 @pytest.mark.parametrize("definition", DEFINITIONS, ids=repr)
 def test_a_malformed_definition_is_refused(definition):
     metadata = msgspec.msgpack.encode([definition, 1])
-    fields = struct.pack("<BBHQIII", 0xC1, 1, 0, 0, len(metadata), 64, 128)
+    fields = struct.pack("<BBHQIIII", 0xC1, 1, 0, 0, len(metadata), 64, 128, ORIGIN)
     frame = (b"0000" + fields + metadata).ljust(128, b"\0")
     with pytest.raises(FrameError):
         decode(with_checksum(frame), None)
@@ -592,11 +604,20 @@ def test_a_frame_out_of_step_is_told_both_sequence_numbers_and_its_layout():
     wire.send({"other": 1})
     frame = bytes(wire.send(block_message()))
     with pytest.raises(
-        OutOfStep, match=r"frame 5 was due, frame 1 [(]layout 1[)] arrived"
+        OutOfStep,
+        match=r"frame 5 of channel 7 from rank 3 was due, frame 1 \(layout 1\) of channel 7",
     ) as caught:
         decode(frame, None, expected=5)
     error = caught.value
-    assert (error.expected, error.received, error.layout) == (5, 1, 1)
+    assert (error.expected, error.received, error.layout, error.sender) == (5, 1, 1, 3)
+
+
+def test_a_frame_of_another_channel_or_sender_is_told_by_name():
+    frame = bytearray(Wire().send(block_message()))
+    frame[28:32] = make_origin(2, 9).to_bytes(4, "little")
+    with pytest.raises(OutOfStep, match="of channel 9 from rank 2 arrived") as caught:
+        decode(with_checksum(frame), None)
+    assert (caught.value.expected, caught.value.received, caught.value.sender) == (0, 0, 2)
 
 
 def test_a_frame_of_another_version_is_refused_by_that():
@@ -624,7 +645,7 @@ def test_a_truncated_frame_is_refused(length):
     frame = wire.send(block_message())[:length]
     decoder = Decoder()
     with pytest.raises(FrameError):
-        header = read_header(frame, 0)
+        header = read_header(frame, 0, ORIGIN)
         decoder.decode(wire.region, header, frame)
 
 
@@ -634,7 +655,7 @@ def test_a_frame_longer_than_its_memory_is_refused():
     small = new_region(len(frame) - ALIGNMENT)
     assert small.memory is not None
     small.memory[:] = frame[: small.nbytes]
-    header = read_header(small.memory, 0)
+    header = read_header(small.memory, 0, ORIGIN)
     with pytest.raises(FrameError, match="beyond"):
         Decoder().decode(small, header, small.memory)
 
