@@ -3,6 +3,7 @@
 from .channel import Channel, Frame, open_channel
 from .errors import (
     BrokenChannel,
+    CannotShare,
     Closed,
     CommError,
     FrameError,
@@ -14,10 +15,12 @@ from .errors import (
 )
 from .probe import Probe
 from .process_group import ProcessGroupChannel
+from .shared_memory import SharedMemoryChannel
 from .tensor_dict import broadcast_tensor_dict
 
 __all__ = [
     "BrokenChannel",
+    "CannotShare",
     "Channel",
     "Closed",
     "CommError",
@@ -29,6 +32,7 @@ __all__ = [
     "ProcessGroupChannel",
     "PublishTimeout",
     "ReceiveTimeout",
+    "SharedMemoryChannel",
     "UnsupportedTypeError",
     "broadcast_tensor_dict",
     "open_channel",

@@ -9,6 +9,7 @@ Knows nothing of how any of them moves bytes.
         run(frame.mapping["input_ids"])
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,10 +17,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from .errors import CannotShare
 from .probe import Probe
+from .waiting import DEFAULT_SPIN
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 300.0
-TRANSPORTS = ("auto", "process-group")
+TRANSPORTS = ("auto", "shared-memory", "process-group")
 
 
 class Frame:
@@ -115,18 +120,33 @@ def open_channel(
     probe: Probe | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     poison: bool = False,
+    spin: float = DEFAULT_SPIN,
 ) -> Channel:
     """Open a channel from global rank `src` to the other ranks of `group` (None: the world).
 
     A collective call: every rank of the group makes it, with equal arguments. `device` is where
     received tensors lie; None means the current GPU for an NCCL group and host memory otherwise.
     `timeout_s` bounds every wait that is not given its own. `poison` overwrites released frames, so
-    that a view kept too long shows.
+    that a view kept too long shows. `spin` is the share of a core (0 to 1) that waiting for frames
+    may take: 0 always sleeps, 1 always spins, see `waiting.Cadence`.
+
+    "auto" takes shared memory where all ranks are on one host, and else the process group.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport is {transport!r}; there are: {', '.join(TRANSPORTS)}")
-    from .process_group import ProcessGroupChannel  # here: implementations import this module
+    # Here: the implementations import this module.
+    from .process_group import ProcessGroupChannel
+    from .shared_memory import SharedMemoryChannel
 
+    if transport in ("auto", "shared-memory"):
+        try:
+            return SharedMemoryChannel(
+                group, src=src, probe=probe, timeout_s=timeout_s, poison=poison, spin=spin
+            )
+        except CannotShare as error:
+            if transport != "auto":
+                raise
+            log.info("no shared memory, the process group carries the frames: %s", error)
     return ProcessGroupChannel(
         group, src=src, device=device, probe=probe, timeout_s=timeout_s, poison=poison
     )

@@ -6,12 +6,14 @@
     │   └── OutOfStep          they are one, but not the one that was due
     ├── ReceiveTimeout         nothing came in time; receive again to go on (a TimeoutError too)
     ├── PublishTimeout         ranks did not take earlier frames in time (a TimeoutError too)
+    ├── CannotShare            shared memory cannot be had, or not be shared by these ranks
     ├── PeerLost               a rank is gone without having closed
     ├── Closed                 the channel was closed, by the source or here
     └── BrokenChannel          used after an error that left the ranks out of step
 
-A bad argument is a plain ValueError. It, UnsupportedTypeError, a ReceiveTimeout of `receive` and a
-PublishTimeout that says so leave a channel as it was; after any other error it refuses further use.
+A bad argument is a plain ValueError. It, UnsupportedTypeError, CannotShare, a ReceiveTimeout of
+`receive` and a PublishTimeout that says so leave a channel as it was; after any other error it
+refuses further use.
 """
 
 
@@ -54,6 +56,10 @@ class ReceiveTimeout(CommError, TimeoutError):
 
 class PublishTimeout(CommError, TimeoutError):
     """Ranks did not take frames in time; the text names them, what they took and their state."""
+
+
+class CannotShare(CommError):
+    """Memory that cannot be had, with its size, or not be shared, with each rank's reason."""
 
 
 class PeerLost(CommError):

@@ -1,0 +1,116 @@
+"""One rank's end of a channel, however the bytes travel.
+
+Owns the life of an end: open, then broken or closed; the one frame that is not released yet; what
+the probe is told. Knows nothing of bytes.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from .channel import Frame
+from .errors import BrokenChannel, Closed
+from .probe import Probe
+
+log = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """The base of the channels. `src` is a global rank, a member of `group`.
+
+    Raises ValueError for a `src`, group or time-out that cannot be.
+    """
+
+    name = ""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        src: int,
+        probe: Probe | None,
+        timeout_s: float,
+        poison: bool,
+    ) -> None:
+        self._group = check_group(group, src)
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s is {timeout_s}, it must be above 0")
+        self.sequence = 0
+        self.broadcasts = 0
+        self.src = src
+        self.rank = dist.get_rank()
+        self.is_source = self.rank == src
+        self._probe = probe
+        self._timeout_s = timeout_s
+        self._poison = poison
+        self._frame: Frame | None = None  # the one that is not released yet
+        self._error: BaseException | None = None
+        self._closed = False
+        self._refuses = False  # broken or closed
+
+    def _refuse(self) -> NoReturn:
+        """Say why this end does not do what it was asked to."""
+        if self._error is not None:
+            raise BrokenChannel(f"an earlier error left the ranks out of step: {self._error!r}")
+        if self._closed:
+            raise Closed("the channel is closed")
+        does = "publishes" if self.is_source else "receives"
+        raise ValueError(f"the source is rank {self.src}: rank {self.rank} {does}")
+
+    def _break(self, error: BaseException) -> None:
+        """Nothing is certain about the ranks being in step after `error`."""
+        self._error = error
+        self._refuses = True
+
+    def _wait_limit_s(self, timeout_s: float | None) -> float:
+        if timeout_s is None:
+            return self._timeout_s
+        if not timeout_s >= 0:
+            raise ValueError(f"timeout_s is {timeout_s}, it must be at least 0")
+        return timeout_s
+
+    def _tell(
+        self,
+        tell: Callable[[int, int, int, int, int, int, int], None],
+        frame: Frame,
+        broadcasts: int,
+        first_ns: int,
+        second_ns: int,
+        end_ns: int,
+    ) -> None:
+        """Tell the probe of a frame; one that fails is logged once and removed."""
+        try:
+            tell(
+                frame.sequence,
+                frame.nbytes,
+                frame.metadata_bytes,
+                broadcasts,
+                first_ns,
+                second_ns,
+                end_ns,
+            )
+        except Exception:
+            log.exception("the probe failed; it is removed")
+            self._probe = None
+
+
+def check_group(group: dist.ProcessGroup | None, src: int) -> dist.ProcessGroup:
+    """The group, the world for None; ValueError unless this rank and `src` are members."""
+    if not dist.is_initialized():
+        raise ValueError("torch.distributed is not initialised")
+    group = group if group is not None else dist.group.WORLD
+    if group is None or dist.get_rank(group) < 0:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group")
+    if src not in dist.get_process_group_ranks(group):
+        ranks = dist.get_process_group_ranks(group)
+        raise ValueError(f"src is {src}, a global rank; the group has the ranks {ranks}")
+    return group
+
+
+def meeting_place(group: dist.ProcessGroup) -> torch.device:
+    """Where the tensors of the collectives at opening lie."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

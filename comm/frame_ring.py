@@ -1,0 +1,95 @@
+"""The ring of slots in which frames wait for their readers: one writer, any number of readers.
+
+Owns what lies where in the segment. `ring_writer` and `ring_reader` own what is done with it, and
+nobody here knows what a frame means. Positions count what was ever written to the ring; frame
+number and position differ by nothing but the error that made a channel refuse.
+
+    control page, u64 words                                                     written by
+    +------------------------------------------------------------------------+
+    | line 0     key of the segment                                          |  nobody again
+    | line 1     published << 1 | closed      writer's last sign of life     |  writer, each frame
+    | line 2     writer waits                 lost rank + 1                  |  writer, seldom
+    | line 3-7   sleepers: a byte per reader                                 |  readers, to sleep
+    | line 8-39  table of rings: base, offset, bytes per slot, slots         |  writer, to resize
+    +------------------------------------------------------------------------+
+    | line 64 + i   taken by reader i         its last sign of life          |  reader i
+    +------------------------------------------------------------------------+
+    ring 0: slots, one frame each, from its header on
+    ring 1: ...
+
+`published` is one aligned 8-byte store, which makes all that was written before visible as one;
+that, where the CPU does not promise it, is for fences to ensure (`futex.make_fence`), which stand
+in the code where a comment begins with "Fence". Its low half is the futex word that readers sleep
+on, and the low half of `taken` the one that the writer sleeps on.
+
+Ring r holds the positions from its base on, position p in slot (p - base) mod slots, up to the base
+of ring r + 1. A reader looks there for the position that it reads next. The memory of a ring goes
+back to the system once all readers have left it.
+"""
+
+import mmap
+
+import torch
+
+from .futex import Futex
+from .region import Region
+from .segment import PAGE, Segment
+
+PUBLISHED, WRITER_BEAT = 8, 9
+WRITER_WAITS, LOST = 16, 17
+SLEEPERS, MAX_READERS = 24, 320
+_TABLE, NUM_RINGS, _ENTRY = 64, 32, 8
+BASE, OFFSET, SLOT_BYTES, SLOTS = range(4)  # of a ring, in its line
+_READERS, _LINE = 512, 8
+TAKEN, BEAT = range(2)  # of a reader, in its line
+
+NEVER = LEFT = (1 << 64) - 1  # a base not reached yet; what a reader that closed has taken
+
+
+class Control:
+    """The control page, mapped by one process."""
+
+    def __init__(self, segment: Segment, num_readers: int) -> None:
+        self.memory = segment.map(0, control_bytes(num_readers))
+        self.words = memoryview(self.memory).cast("Q")
+        self.bytes = memoryview(self.memory)
+        self.published = Futex(self.memory, PUBLISHED * 8)
+        self.takens = [reader_line(index) + TAKEN for index in range(num_readers)]
+
+    def taken(self, index: int) -> Futex:
+        """The word by which reader `index` wakes the writer."""
+        return Futex(self.memory, self.takens[index] * 8)
+
+
+class Ring:
+    """One ring of the table, mapped by one process."""
+
+    def __init__(
+        self, segment: Segment, base: int, offset: int, slot_bytes: int, slots: int
+    ) -> None:
+        self.base = base
+        self.offset = offset
+        self.slot_bytes = slot_bytes
+        self.slots = slots
+        self.memory: mmap.mmap = segment.map(offset, slot_bytes * slots)
+        tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.regions = [Region(part) for part in tensor.split(slot_bytes)]
+
+    def give_back(self) -> None:
+        """Return the memory to the system; a view kept too long finds zeros."""
+        self.memory.madvise(mmap.MADV_REMOVE)
+
+
+def control_bytes(num_readers: int) -> int:
+    """Where ring 0 begins."""
+    return -(-(_READERS + num_readers * _LINE) * 8 // PAGE) * PAGE
+
+
+def reader_line(index: int) -> int:
+    """The first word of a reader's line."""
+    return _READERS + index * _LINE
+
+
+def table_entry(generation: int) -> int:
+    """The first word of a ring's line in the table."""
+    return _TABLE + generation % NUM_RINGS * _ENTRY

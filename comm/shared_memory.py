@@ -1,0 +1,178 @@
+"""A channel through memory that all ranks of a host share: frames are encoded where they are read.
+
+Owns the opening handshake, and the order of encoding, publishing, waiting and decoding. The ring
+itself, and when to sleep, are its neighbours' (`ring_writer`, `ring_reader`, `waiting`).
+
+The source writes each frame straight into a slot of the ring, readers get views of that slot, which
+stays theirs until they release the frame; so the source may be some frames ahead of them. No
+collective is called after opening. A receiver that closes is not waited for any more; the source
+that closes lets all receivers read what it published.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .channel import DEFAULT_TIMEOUT_S, Frame
+from .endpoint import Endpoint, meeting_place
+from .errors import CannotShare, Closed, PeerLost, ReceiveTimeout
+from .frame import Decoder, Encoder, rebuild, write
+from .header import HEADER_BYTES, VERSION, make_origin, read_header
+from .peers import Peers
+from .probe import Probe
+from .region import Region
+from .ring_reader import RingReader
+from .ring_writer import RingWriter
+from .sharing import share_segment
+from .waiting import DEFAULT_SPIN
+
+
+class SharedMemoryChannel(Endpoint):
+    """See `Channel`. Opening is a collective call; `spin` is what `Cadence` takes."""
+
+    name = "shared-memory"
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        src: int = 0,
+        probe: Probe | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        poison: bool = False,
+        spin: float = DEFAULT_SPIN,
+    ) -> None:
+        super().__init__(group, src, probe, timeout_s, poison)
+        ranks = dist.get_process_group_ranks(self._group)
+        readers = [rank for rank in ranks if rank != src]
+        agreement = {"src": src, "frame version": VERSION}
+        told = {"channel": secrets.randbits(16)}
+        peers = Peers.exchange(self._group, meeting_place(self._group), agreement, told)
+        if not peers.on_one_host:
+            hosts = {rank: peer.host for rank, peer in peers.by_rank.items()}
+            raise CannotShare(f"the ranks are on different hosts: {hosts}")
+        segment = share_segment(self._group, peers, src, len(readers))
+        self._peers = peers
+        self._origin = make_origin(src, peers.by_rank[src].told["channel"])
+        self._private: Region | None = None
+        if self.is_source:
+            self._encoder = Encoder()
+            self._writer = RingWriter(segment, readers, peers, timeout_s)
+        else:
+            self._decoder = Decoder()
+            self._reader = RingReader(segment, readers, src, peers, spin)
+
+    def publish(self, mapping: Mapping[Any, Any]) -> Frame:
+        if self._refuses or not self.is_source:
+            self._refuse()
+        probe = self._probe
+        encode_start_ns = time.perf_counter_ns() if probe is not None else 0
+        if self._frame is not None:
+            self._frame.release()
+        message = self._encoder.plan(mapping)
+        try:
+            region = self._writer.reserve(message.total)
+        except (PeerLost, Closed) as error:
+            self._end(error)
+            raise
+        write(message, self.sequence, self._origin, region)
+        publish_start_ns = time.perf_counter_ns() if probe is not None else 0
+        try:
+            self._encoder.commit(message)
+            self._writer.publish()
+        except BaseException as error:
+            self._end(error)
+            raise
+        if self._poison:
+            region = self._copy(region, message.total)
+        frame = self._frame = Frame(
+            self.sequence,
+            message.total,
+            message.metadata_bytes,
+            None,
+            lambda: rebuild(message, region),
+            self._poison_copy if self._poison else None,
+        )
+        self.sequence += 1
+        if probe is not None:
+            end_ns = time.perf_counter_ns()
+            self._tell(probe.published, frame, 0, encode_start_ns, publish_start_ns, end_ns)
+        return frame
+
+    def receive(self, timeout_s: float | None = None) -> Frame:
+        if self._refuses or self.is_source:
+            self._refuse()
+        limit_s = self._timeout_s if timeout_s is None else self._wait_limit_s(timeout_s)
+        probe = self._probe
+        wait_start_ns = time.perf_counter_ns() if probe is not None else 0
+        if self._frame is not None:
+            self._frame.release()
+        try:
+            region = self._reader.next(limit_s)
+            decode_start_ns = time.perf_counter_ns() if probe is not None else 0
+            memory = region.memory
+            assert memory is not None
+            header = read_header(memory, self.sequence, self._origin)
+            if self._poison:
+                region = self._copy(region, header.total)
+            mapping = self._decoder.decode(region, header, memory)
+        except ReceiveTimeout:
+            raise
+        except BaseException as error:
+            self._end(error)
+            raise
+        frame = self._frame = Frame(
+            self.sequence,
+            header.total,
+            HEADER_BYTES + header.metadata_length,
+            mapping,
+            None,
+            self._retire,
+        )
+        self.sequence += 1
+        if probe is not None:
+            end_ns = time.perf_counter_ns()
+            self._tell(probe.received, frame, 0, wait_start_ns, decode_start_ns, end_ns)
+        return frame
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = self._refuses = True
+        if self._frame is not None:
+            self._frame.release()
+        if not self.is_source:
+            self._reader.leave()
+        elif self._error is None:
+            self._writer.close()
+        self._peers.close()
+
+    def _end(self, error: BaseException) -> None:
+        if isinstance(error, Closed):
+            self._closed = self._refuses = True
+            return
+        self._break(error)
+        if self.is_source and isinstance(error, PeerLost) and error.rank is not None:
+            self._writer.abandon(error.rank)
+
+    def _retire(self, frame: Frame) -> None:
+        self._frame = None
+        if self._poison:
+            self._poison_copy(frame)
+        self._reader.release()
+
+    def _copy(self, region: Region, nbytes: int) -> Region:
+        """The frame in private memory: what others still read must not be poisoned."""
+        if self._private is None or self._private.nbytes < region.nbytes:
+            with torch.inference_mode(False):
+                self._private = Region(torch.zeros(region.nbytes, dtype=torch.uint8))
+        self._private.tensor[:nbytes].copy_(region.tensor[:nbytes])
+        return self._private
+
+    def _poison_copy(self, frame: Frame) -> None:
+        assert self._private is not None
+        self._private.poison()

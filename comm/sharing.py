@@ -1,0 +1,62 @@
+"""How the ranks of a host come to share a segment.
+
+Owns the handshake, collective over the whole group: the writer of each host makes a segment, its
+readers attach, and all ranks learn whether all could. Knows nothing of what is shared.
+"""
+
+import torch
+import torch.distributed as dist
+
+from .endpoint import meeting_place
+from .errors import CannotShare
+from .futex import unsupported
+from .peers import Peers
+from .ring_writer import make_ring_segment
+from .segment import Segment
+
+_TEXT_BYTES = 256
+
+
+def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_readers: int) -> Segment:
+    """The segment that `writer`, a rank of this host, made for a ring with so many readers.
+
+    Every rank of the group must call this. Raises CannotShare on all of them, with the reasons, if
+    any rank could not make or attach its segment.
+    """
+    is_writer = peers.own.rank == writer
+    segment: Segment | None = None
+    reason = unsupported()
+    if is_writer and reason is None:
+        try:
+            segment = make_ring_segment(num_readers)
+        except (OSError, CannotShare) as error:
+            reason = str(error)
+    told = [segment.fd, segment.key] if segment is not None else [-1, 0]
+    table = dict(zip(peers.ranks, _gather(group, torch.tensor(told)), strict=True))
+    fd, key = table[writer].tolist()
+    if not is_writer and reason is None and fd >= 0:
+        try:
+            segment = Segment.attach(peers.by_rank[writer].pid, fd, key)
+        except (OSError, CannotShare) as error:
+            reason = f"cannot open the memory of rank {writer}: {error}"
+    text = (reason or "").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    reasons = _gather(group, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    failed = [
+        f"rank {rank}: {bytes(row.tolist()).rstrip(bytes(1)).decode(errors='replace')}"
+        for rank, row in zip(peers.ranks, reasons, strict=True)
+        if row.any()
+    ]
+    if failed:
+        if segment is not None:
+            segment.close()
+        raise CannotShare("the ranks cannot share memory: " + "; ".join(failed))
+    assert segment is not None
+    return segment
+
+
+def _gather(group: dist.ProcessGroup, own: torch.Tensor) -> list[torch.Tensor]:
+    """What each rank brought, in the group's order, on the host."""
+    own = own.to(meeting_place(group))
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, own, group=group)
+    return [row.cpu() for row in rows]
