@@ -71,6 +71,14 @@ def is_container(node: Node) -> bool:
     return node is not None and type(node[0]) is str
 
 
+def brief(value: Any) -> str:
+    """A foreign value in an error's text: repr itself fails at deep nesting and at long ints."""
+    try:
+        return f"{value!r:.50}"
+    except (ValueError, RecursionError, MemoryError):
+        return f"an object of type {type(value).__name__}"
+
+
 def _children(node: Node) -> tuple[Any, ...]:
     if not is_container(node):
         return ()
@@ -134,7 +142,7 @@ def _unpack_node(packed: Any, depth: int) -> Node:
         dtype = dtypes.TENSOR_DTYPES_BY_NAME.get(what)
         if dtype is None or type(rest) is not int or not 0 <= rest <= MAX_RANK:
             raise FrameError(
-                f"the definition of a layout has no tensor {what[:50]!r}, {rest!r:.50}"
+                f"the definition of a layout has no tensor {what[:50]!r}, {brief(rest)}"
             )
         return (dtype, rest)
     if type(rest) is not list:

@@ -14,7 +14,7 @@ import torch
 from .dtypes import NUMPY_DTYPES
 from .errors import FrameError
 from .header import ALIGNMENT, aligned
-from .layout import Layout
+from .layout import Layout, brief
 from .parts import Source
 
 MAX_DIMENSION = (1 << 63) - 1
@@ -40,7 +40,7 @@ class Placement:
             count = 1
             for axis in range(rank - 1, -1, -1):
                 if type(shape[axis]) is not int or not 0 <= shape[axis] <= MAX_DIMENSION:
-                    raise FrameError(f"a dimension is {shape[axis]!r:.50}")
+                    raise FrameError(f"a dimension is {brief(shape[axis])}")
                 strides[axis] = count
                 count *= max(shape[axis], 1)
             if 0 in shape:

@@ -24,6 +24,16 @@ _INT, _TUPLE, _DTYPE, _DEVICE = 1, 2, 3, 4
 
 _encode = msgspec.msgpack.Encoder().encode
 
+_MALFORMED = (
+    msgspec.MsgspecError,
+    ValueError,  # not UTF-8
+    TypeError,  # an unhashable key
+    OverflowError,  # a timestamp
+    RuntimeError,  # no such device, and (as RecursionError) too deep
+    MemoryError,  # arrays inside arrays, each of a length that is not there
+    Warning,  # a device that torch is to drop, where warnings are errors
+)
+
 
 def pack(items: Any) -> bytes:
     """msgpack of what `portable` returned: lists and dicts of scalars and extensions.
@@ -53,12 +63,14 @@ def portable_tuple(items: list[Any]) -> msgspec.msgpack.Ext:
 
 
 def unpack(data: memoryview | bytes) -> Any:
-    """The inverse of `pack`; raises FrameError for anything that is not its output."""
+    """The inverse of `pack`; raises FrameError for what is malformed.
+
+    What is well-formed and yet nothing that `pack` writes, a date or a key that is a float, is
+    passed on as it is: to look at every item would cost every frame.
+    """
     try:
         return _decode(data)
-    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RuntimeError) as error:
-        # ValueError: not UTF-8; TypeError: an unhashable key; OverflowError: a timestamp;
-        # RuntimeError: no such device, and (as RecursionError) too deep
+    except _MALFORMED as error:
         raise FrameError(f"metadata is malformed: {error}") from error
 
 
