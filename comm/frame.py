@@ -242,10 +242,11 @@ class Decoder:
                 f"layout {layout.number} has {layout.num_dims} dimensions and "
                 f"{layout.num_values} values, frame {header.sequence} brings {len(items)}"
             )
+        if header.total > region.nbytes:
+            raise FrameError(f"the frame ends at {header.total}, beyond {region.nbytes}")
         dims = items[: layout.num_dims]
-        limit = min(header.total, region.nbytes)
         try:
-            placement = self._placements.get(layout, dims, header.start, limit)
+            placement = self._placements.get(layout, dims, header.start, header.total)
             if placement.end != header.total:
                 raise FrameError(f"tensors end at {placement.end}, the frame at {header.total}")
             views = region.views(placement)
