@@ -17,7 +17,7 @@ ranks agree.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -48,7 +48,7 @@ assert sys.byteorder == "little", "tensors travel in native byte order"
 class Message:
     """A mapping ready to be written: nothing about it can be refused any more."""
 
-    __slots__ = ("defines", "layout", "metadata", "one_by_one", "placement", "sources")
+    __slots__ = ("defines", "kind", "layout", "metadata", "placement", "sources")
 
     def __init__(
         self,
@@ -56,15 +56,16 @@ class Message:
         defines: bool,
         metadata: bytes,
         placement: Placement,
-        sources: list[Source],
-        one_by_one: bool,
+        sources: Sequence[Source],
+        kind: int,
     ) -> None:
+        """`kind`: of the sources, as `parts` tells them apart."""
         self.layout = layout
         self.defines = defines
         self.metadata = metadata
         self.placement = placement
         self.sources = sources
-        self.one_by_one = one_by_one
+        self.kind = kind
 
     @property
     def total(self) -> int:
@@ -123,13 +124,13 @@ class Encoder:
             found = expected.match(mapping)
             if found is None:
                 return self._plan_anew(mapping)
-            sources, plain, one_by_one = found
-            metadata = values.pack(expected.dims + plain)
+            sources, plain, kind = found
+            metadata = values.pack([*expected.dims, *plain])
             if not 0 <= placement.start - HEADER_BYTES - len(metadata) <= _MAX_SLACK:
                 start = _start(layout, metadata)
                 placement = self._placements.get(layout, expected.dims, start, MAX_FRAME_BYTES)
                 self._last = (layout, expected, placement)
-            return Message(layout, False, metadata, placement, sources, one_by_one)
+            return Message(layout, False, metadata, placement, sources, kind)
         except UnicodeEncodeError:
             values.check_text(mapping, "")
             raise
@@ -165,7 +166,7 @@ class Encoder:
         if known is not None:
             expected = Expected.of(parts)
             self._last = (layout, expected, placement) if expected is not None else None
-        return Message(layout, known is None, metadata, placement, parts.sources, parts.has_arrays)
+        return Message(layout, known is None, metadata, placement, parts.sources, parts.kind)
 
     def commit(self, message: Message) -> None:
         """The frame goes out: from here on its layout is known to everyone."""
@@ -266,7 +267,7 @@ def write(message: Message, sequence: int, origin: int, region: Region) -> None:
     Raises UnsupportedTypeError for a tensor whose content cannot be read, one on the meta device.
     """
     try:
-        region.copy_in(message.placement, message.sources, message.one_by_one)
+        region.copy_in(message.placement, message.sources, message.kind)
     except (RuntimeError, NotImplementedError) as error:
         _blame(message, region, error)
     write_head(message, sequence, origin, region)

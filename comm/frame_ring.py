@@ -73,7 +73,10 @@ class Ring:
         self.slots = slots
         self.memory: mmap.mmap = segment.map(offset, slot_bytes * slots)
         tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.regions = [Region(part) for part in tensor.split(slot_bytes)]
+        self.regions = [
+            Region(tensor[begin : begin + slot_bytes], (segment.fd, offset + begin))
+            for begin in range(0, slot_bytes * slots, slot_bytes)
+        ]
 
     def give_back(self) -> None:
         """Return the memory to the system; a view kept too long finds zeros."""

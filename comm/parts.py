@@ -4,7 +4,8 @@ Owns what may travel and the path that names what may not. Knows nothing of byte
 numbers that structures get.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,12 @@ from .layout import MAX_DEPTH, MAX_RANK, Node, is_container
 
 Source = torch.Tensor | np.ndarray[Any, Any]
 
+# Kinds of sources: arrays among them; tensors of any device and strides; tensors known to be on the
+# CPU, contiguous and without conjugate or negative bits, so that their bytes are their content.
+MIXED, TENSORS, PLAIN_TENSORS = range(3)
+
+_MOST_GUARDS = 4  # a mode that comes and goes (inference mode) needs others; more are not worth it
+
 _TENSOR_DTYPES = dtypes.TENSOR_DTYPES
 _FROM_NUMPY = dtypes.FROM_NUMPY
 _SCALARS = values.SCALARS
@@ -25,7 +32,7 @@ _STRIDED = torch.strided
 class Parts:
     """A mapping taken apart: its structure, and in the structure's order the rest."""
 
-    __slots__ = ("dims", "has_arrays", "root", "sources", "values")
+    __slots__ = ("dims", "kind", "root", "sources", "values")
 
     root: tuple[Any, ...]  # key, node, key, node ...
 
@@ -34,7 +41,7 @@ class Parts:
         self.dims: list[int] = []
         self.sources: list[Source] = []
         self.values: list[Any] = []
-        self.has_arrays = False
+        self.kind = TENSORS
         root: list[Any] = []
         for key, value in mapping.items():
             if type(key) is not str:
@@ -57,7 +64,7 @@ class Parts:
                 root.append((array_dtype, len(shape)))
                 self.dims += shape
                 self.sources.append(value)
-                self.has_arrays = True
+                self.kind = MIXED
             elif kind in _SCALARS:
                 root.append(None)
                 self.values.append(value)
@@ -104,7 +111,7 @@ class Parts:
             raise UnsupportedTypeError(f"{path}: numpy array of dtype {value.dtype.str!r}")
         self.dims += value.shape
         self.sources.append(value)
-        self.has_arrays = True
+        self.kind = MIXED
         return (dtype, value.ndim)
 
     def _sequence(self, value: Any, kind: type, path: str, depth: int) -> Node:
@@ -137,7 +144,17 @@ class Parts:
 class Expected:
     """What the next mapping most likely looks like: keys, kinds and shapes of the one before."""
 
-    __slots__ = ("_dtypes", "_keys", "_shapes", "dims")
+    __slots__ = (
+        "_dtypes",
+        "_guards",
+        "_guards_made",
+        "_keys",
+        "_pick_plain",
+        "_pick_sources",
+        "_shapes",
+        "_types",
+        "dims",
+    )
 
     def __init__(
         self,
@@ -150,6 +167,12 @@ class Expected:
         self._dtypes = dtypes_
         self._shapes = shapes
         self.dims = dims
+        self._guards: Any = None
+        self._guards_made = 0
+        self._types: list[type] = []
+        places = range(len(keys))
+        self._pick_sources = _picker([at for at in places if dtypes_[at] is not None])
+        self._pick_plain = _picker([at for at in places if dtypes_[at] is None])
 
     @classmethod
     def of(cls, parts: Parts) -> "Expected | None":
@@ -162,13 +185,22 @@ class Expected:
         shapes = [() if node is None else tuple(next(sources).shape) for node in nodes]
         return cls(keys, [node and node[0] for node in nodes], shapes, parts.dims)
 
-    def match(self, mapping: Mapping[Any, Any]) -> tuple[list[Source], list[Any], bool] | None:
-        """Sources, values and whether an array is among the sources; None: look closer."""
+    def match(
+        self, mapping: Mapping[Any, Any]
+    ) -> tuple[Sequence[Source], Sequence[Any], int] | None:
+        """Sources, values and the kind of the sources; None: look closer."""
         if [*mapping] != self._keys:
             return None
+        guards = self._guards
+        if guards is not None:
+            items = [*mapping.values()]
+            if [*map(type, items)] == self._types:
+                tensors = self._pick_sources(items)
+                if guards.check(*tensors):
+                    return tensors, self._pick_plain(items), PLAIN_TENSORS
         sources: list[Source] = []
         plain: list[Any] = []
-        has_arrays = False
+        kind_of_sources = TENSORS
         # The lengths are equal, as the keys are; strict=True would cost a call.
         for value, dtype, shape in zip(mapping.values(), self._dtypes, self._shapes):  # noqa: B905
             kind = type(value)
@@ -188,11 +220,41 @@ class Expected:
             elif kind is np.ndarray:
                 if _FROM_NUMPY.get(value.dtype) is not dtype or value.shape != shape:
                     return None
-                has_arrays = True
+                kind_of_sources = MIXED
                 sources.append(value)
             else:
                 return None
-        return sources, plain, has_arrays
+        if kind_of_sources == TENSORS and self._guards_made < _MOST_GUARDS:
+            self._guards_made += 1
+            self._guards = make_guards(sources)
+            self._types = [*map(type, mapping.values())]
+        return sources, plain, kind_of_sources
+
+
+def make_guards(tensors: Sequence[Source]) -> Any:
+    """What tells in one call, for all tensors, whether others are just like them; None: nothing.
+
+    Asking each tensor for dtype, shape, strides, device and requires_grad from Python takes longer
+    than to copy it. torch.compile's guards ask all of that from C++, in half a microsecond for a
+    decode step. They are no public interface: where they are missing or have changed we ask in
+    Python.
+    """
+    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):  # type: ignore[union-attr]
+        return None
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return guards if guards.check(*tensors) is True else None
+    except (ImportError, AttributeError, TypeError, RuntimeError):
+        return None
+
+
+def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """A function that takes the items at these places out of a list."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)  # at C speed
+    return lambda items: [items[at] for at in places]
 
 
 def _check_key(key: Any, path: str) -> None:

@@ -13,13 +13,15 @@ import torch
 
 from .dtypes import NUMPY_DTYPES
 from .errors import FrameError
+from .gather import Gather
 from .header import ALIGNMENT, aligned
 from .layout import Layout, brief
-from .parts import Source
+from .parts import MIXED, PLAIN_TENSORS, Source
 
 MAX_DIMENSION = (1 << 63) - 1
 POISON = 0xA5
 
+_GATHER_BYTES = 1 << 20  # more is copied by torch, which holds up no other thread meanwhile
 _KEPT = 64  # views of so many placements are kept; decode steps repeat a handful
 
 
@@ -84,7 +86,8 @@ class Region:
     the same objects from frame to frame.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, file: tuple[int, int] | None = None) -> None:
+        """`file`: descriptor and offset of the same memory, where it is that of a file."""
         assert tensor.dtype is torch.uint8 and tensor.dim() == 1 and tensor.is_contiguous()
         assert tensor.numel() % ALIGNMENT == 0
         self.tensor = tensor
@@ -93,6 +96,8 @@ class Region:
         if tensor.device.type == "cpu":
             self.memory = memoryview(tensor.numpy())  # type: ignore[arg-type]
         self.repeated: Repeated | None = None  # the decoder's memory of the frame before
+        self._file = file
+        self._gathers: dict[Placement, Gather] = {}
         self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[Placement, list[torch.Tensor]] = {}
         self._arrays: dict[Placement, list[np.ndarray[Any, Any] | None]] = {}
@@ -109,15 +114,20 @@ class Region:
             _keep(self._views, placement, views)
         return views
 
-    def copy_in(
-        self, placement: Placement, sources: Sequence[Source | None], one_by_one: bool
-    ) -> None:
-        """Copy the sources to where the placement says.
+    def copy_in(self, placement: Placement, sources: Sequence[Source | None], kind: int) -> None:
+        """Copy the sources, which are of this `kind`, to where the placement says.
 
-        `one_by_one` must be set if any source is a numpy array, or None to be left out.
+        With MIXED sources, None is left out.
         """
+        if kind == PLAIN_TENSORS and self._file is not None and placement.end <= _GATHER_BYTES:
+            gather = self._gathers.get(placement)
+            if gather is None:
+                gather = Gather(*self._file, placement)
+                _keep(self._gathers, placement, gather)
+            if gather.write(sources):  # type: ignore[arg-type]
+                return
         views = self.views(placement)
-        if not one_by_one:
+        if kind != MIXED:
             if views:
                 torch._foreach_copy_(views, sources)  # type: ignore[arg-type]
             return
