@@ -29,6 +29,9 @@ _FEW = 3  # waits, before which nothing can be said
 # What meeting one frame awake is worth in time on the core, for the whole of the knob: 1 ms at the
 # default, twenty wake-ups. Wide jitter would else eat the budget for a hit now and then.
 _PRICE_NS = 10_000_000
+# A plan serves so many frames while they keep to it: making one takes 10 us, and, when caches have
+# gone cold in the sleep before, 50 us.
+_PLAN_FRAMES = 8
 # The budget of this time can be saved up, so that one stray wait does not stop the next ones.
 _SAVED_NS = 50_000_000
 _LEAD_NS = 10_000  # before the earliest arrival seen
@@ -75,7 +78,10 @@ class Cadence:
         "_late_ns",
         "_lates",
         "_mark_ns",
+        "_met",
         "_paid_ns",
+        "_plan",
+        "_served",
         "_short",
         "_shorts",
         "_spin",
@@ -92,7 +98,7 @@ class Cadence:
         self._spin = spin
         self._waits: deque[int] = deque(maxlen=_MEMORY)  # from begin to arrival
         self._gaps: deque[int] = deque(maxlen=_MEMORY)  # from arrival to arrival
-        self._lates: deque[int] = deque([_LATE_NS], maxlen=_MEMORY)
+        self._lates: deque[int] = deque([_LATE_NS] * _MEMORY, maxlen=_MEMORY)
         self._short = False  # most of the recent waits were
         self._waiting = False
         self._begun = False  # a wait has begun that is not in `_waits`
@@ -100,6 +106,9 @@ class Cadence:
         self._before_ns = self._last_ns = 0  # the last two arrivals
         self._mark_ns = -1  # the last arrival that is in `_gaps`
         self._shorts = self._unwaited = 0  # frames that are not in `_waits` and `_gaps`
+        self._plan = (True, 0, 0)  # counted from begin, not from the last arrival; wake; stop
+        self._served = 0  # frames by the plan
+        self._met = False  # the last frame, while spinning by the plan
         self._wake_ns = self._stop_ns = 0  # the spinning that is not paid for
         self._late_ns = 0  # how late it started
         self._budget_ns = spin * _SAVED_NS
@@ -131,7 +140,20 @@ class Cadence:
             self._waiting = self._begun = True
             if self._short or len(self._waits) < _FEW:
                 return now_ns, now_ns + SHORT_NS
-        self._wake_ns, self._stop_ns = self._window(now_ns)
+            if self._met and self._served < _PLAN_FRAMES:
+                from_begin, wake_ns, stop_ns = self._plan
+                base_ns = now_ns if from_begin else self._last_ns
+                self._spin_between(now_ns, base_ns + wake_ns, base_ns + stop_ns)
+                self._served += 1
+            else:
+                self._forecast(now_ns)
+                self._served = 0
+                if self._stop_ns == now_ns:
+                    # No sleep will be timed: some that were very late must not decide for ever.
+                    self._lates.append(_LATE_NS)
+        else:
+            self._forecast(now_ns)
+            self._served = _PLAN_FRAMES  # the plan is for what is left of this wait only
         return self._wake_ns, self._stop_ns
 
     def arrived(self, now_ns: int) -> None:
@@ -151,10 +173,12 @@ class Cadence:
 
     def _pay(self, now_ns: int) -> None:
         """Takes what was spun since the last call from the budget, adds what was earned."""
+        self._met = False
         if self._stop_ns > self._wake_ns:
             start_ns = self._wake_ns + self._late_ns
             end_ns = now_ns if self._waiting else self._ended_ns
             self._budget_ns -= max(min(end_ns, self._stop_ns) - start_ns, 0)
+            self._met = start_ns < end_ns <= self._stop_ns
         self._wake_ns = self._stop_ns = self._late_ns = 0
         if self._paid_ns >= 0:
             self._budget_ns += self._spin * (now_ns - self._paid_ns)
@@ -187,43 +211,45 @@ class Cadence:
         count = sum([wait_ns <= SHORT_NS for wait_ns in waits])
         self._short = len(waits) > _FEW and 4 * count >= 3 * len(waits)
 
-    def _window(self, now_ns: int) -> tuple[int, int]:
-        """The moments between which the frame is worth spinning for, as far as is still ahead."""
-        nothing = (now_ns, now_ns)
-        if self._budget_ns <= 0:
-            return nothing
-        # After a forward pass the wait is more regular than the gap; in an idle reader both are
-        # the same, but for what taking a frame takes.
-        waits, gaps = sorted(self._waits), sorted(self._gaps)
-        since_begin_ns, since_last_ns = now_ns - self._began_ns, now_ns - self._last_ns
-        due = [wait_ns - since_begin_ns for wait_ns in waits if wait_ns > since_begin_ns]
-        if len(gaps) > _FEW and _spread(gaps) < _spread(waits):
-            due = [gap_ns - since_last_ns for gap_ns in gaps if gap_ns > since_last_ns] or due
+    def _forecast(self, now_ns: int) -> None:
+        """Plans when the frame is worth spinning for, if that is still ahead."""
+        self._wake_ns = self._stop_ns = now_ns
+        if self._budget_ns <= 0 or len(self._waits) < _FEW:
+            return
         lates = sorted(self._lates)
         late_ns = lates[len(lates) * 7 // 8]
         early_ns = _LEAD_NS + late_ns - lates[len(lates) // 2]  # spun before the first arrival
-        best = _best(due, early_ns, self._spin * _PRICE_NS, self._budget_ns)
-        if best is None:
-            return nothing
-        first_ns, last_ns = best
-        wake_ns = now_ns + first_ns - _LEAD_NS - late_ns
+        most = 0.0
+        # After a forward pass the wait is the more regular, in a reader that has nothing else to do
+        # the gap. A steady beat as a third did worse on all sources but a perfect clock.
+        for from_begin in (True, False):
+            base_ns = self._began_ns if from_begin else self._last_ns
+            ago_ns = now_ns - base_ns
+            times = self._waits if from_begin else self._gaps
+            due = sorted([time_ns - ago_ns for time_ns in times if time_ns > ago_ns])
+            gain, first_ns, last_ns = _best(due, early_ns, self._spin * _PRICE_NS, self._budget_ns)
+            if gain > most:
+                most = gain
+                wake_ns = now_ns + first_ns - _LEAD_NS - late_ns
+                stop_ns = now_ns + last_ns + (last_ns - first_ns) // 4 + _SLACK_NS
+                self._plan = from_begin, wake_ns - base_ns, stop_ns - base_ns
+        if most:
+            self._spin_between(now_ns, wake_ns, stop_ns)
+
+    def _spin_between(self, now_ns: int, wake_ns: int, stop_ns: int) -> None:
         if wake_ns < now_ns + _BRIEF_NS:
             wake_ns = now_ns
-        stop_ns = now_ns + last_ns + (last_ns - first_ns) // 4 + _SLACK_NS
-        return wake_ns, min(stop_ns, wake_ns + int(self._budget_ns))
+        self._wake_ns = wake_ns
+        self._stop_ns = max(min(stop_ns, wake_ns + int(self._budget_ns)), wake_ns)
 
 
-def _spread(values: list[int]) -> int:
-    """Between the quartiles: what is odd does not count."""
-    return values[len(values) * 3 // 4] - values[len(values) // 4]
-
-
-def _best(due: list[int], early_ns: int, price_ns: float, most_ns: float) -> tuple[int, int] | None:
-    """The first and the last of `due` (sorted, times from now) to spin for next; None: nothing is.
+def _best(due: list[int], early_ns: int, price_ns: float, most_ns: float) -> tuple[float, int, int]:
+    """What to spin for next among arrivals due (sorted, times from now): gain, first and last.
 
     Of all stretches the one where `price_ns` a hit, less the time spun, is most; at least a quarter
     of `due` are hits, and the time spun is `most_ns` on average at most. If an earlier stretch is
-    worth its price too, it is the next: this one's turn comes when that has passed in vain.
+    worth its price too, it is the next: this one's turn comes when that has passed in vain. The
+    gain, 0 where nothing is worth its price, is that of all of them.
     """
     count = len(due)
     least = max(_FEW, -(-count // 4))
@@ -231,7 +257,7 @@ def _best(due: list[int], early_ns: int, price_ns: float, most_ns: float) -> tup
     for time_ns in due:
         sums.append(sums[-1] + time_ns)
     most_ns *= count
-    best = None
+    best = 0.0, 0, 0
     end = count
     while end >= least:
         gained = 0.0
@@ -251,6 +277,6 @@ def _best(due: list[int], early_ns: int, price_ns: float, most_ns: float) -> tup
                     chosen = first, last
         if not gained:
             break
-        best = due[chosen[0]], due[chosen[1]]
+        best = best[0] + gained, due[chosen[0]], due[chosen[1]]
         end = chosen[0]
     return best
