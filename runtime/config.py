@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CHANNELS = ("auto", "process-group")
+# These repeat what onecast.comm says, which would bring torch along; a test holds them equal.
+TRANSPORTS = ("auto", "shared-memory", "two-level", "process-group")
+PRIOR_PROTOCOLS = ("two-broadcasts", "fixed-metadata", "cached-size")
+CHANNELS = (*TRANSPORTS, *PRIOR_PROTOCOLS)
+DEFAULT_SPIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class RunConfig:
     device: str = "cpu"
     dtype: str = "auto"
     channel: str = "auto"
+    spin: float = DEFAULT_SPIN
     num_blocks: int | None = None
     num_host_blocks: int | None = None
     block_size: int = 16
@@ -86,12 +91,13 @@ _LEAST: dict[str, float] = {
     "max_batch_tokens": 1,
     "max_batch_size": 1,
     "max_model_len": 1,
+    "spin": 0,
     "timeout_s": 1,
     "metrics_port": 0,
     "show": 0,
 }
 
-_MOST: dict[str, float] = {"timeout_s": 7 * 24 * 3600, "metrics_port": 65535}
+_MOST: dict[str, float] = {"spin": 1, "timeout_s": 7 * 24 * 3600, "metrics_port": 65535}
 
 
 def _flag(name: str) -> str:
@@ -126,7 +132,17 @@ def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "compute type; auto: float32 on cpu, the checkpoint's on cuda (%(default)s)",
         choices=DTYPES,
     )
-    option("channel", "how a step reaches the ranks (%(default)s)", choices=CHANNELS)
+    option(
+        "channel",
+        "how a step reaches the ranks; the last three are what onecast is measured against "
+        "(%(default)s)",
+        choices=CHANNELS,
+    )
+    option(
+        "spin",
+        "share of a core, 0 to 1, that a rank may burn waiting for steps (%(default)s)",
+        type=float,
+    )
     option("num_blocks", "KV-cache blocks on the device (default: by memory)", type=int)
     option("num_host_blocks", "KV-cache blocks in host memory (default: as many)", type=int)
     option("block_size", "tokens in a KV-cache block (%(default)s)", type=int)

@@ -21,6 +21,7 @@ from .summary import RunFigures
 from .tokenizer import Tokenizer
 
 _QUEUE_FACTOR = 2  # sequences kept ready, as a multiple of those in one step
+_FUSED = ("process-group", "two-level")  # channels of one broadcast a frame, if there is any
 
 
 def generate(config: RunConfig, rank: Rank) -> RunFigures:
@@ -109,8 +110,10 @@ def _count(figures: RunFigures, engine: Engine, rank: Rank) -> None:
     figures.prompt_tokens = counters.prompt_tokens
     figures.generated_tokens = counters.generated_tokens
     figures.steps = engine.scheduler.step
+    figures.channel = rank.channel.name
     figures.broadcasts = rank.channel.broadcasts
-    figures.growth_steps = figures.broadcasts - figures.steps  # a second one for the rest
+    if figures.channel in _FUSED and figures.broadcasts:
+        figures.growth_steps = figures.broadcasts - figures.steps  # a second one for the rest
     figures.frame_bytes = engine.frames.frame_bytes
     figures.metadata_bytes = engine.frames.metadata_bytes
     figures.swapped_out = counters.swapped_out

@@ -11,9 +11,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from onecast.comm import Channel, open_channel
+from onecast.comm import Channel, Probe, open_channel
+from onecast.comm.prior_art import open_prior_channel
 
-from .config import RankEnvironment, RunConfig
+from .config import PRIOR_PROTOCOLS, RankEnvironment, RunConfig
 from .executor import StepExecutor
 from .kv_cache import KVCache
 from .memory import block_counts
@@ -71,17 +72,27 @@ def open_rank(
     """Load this rank's part of the model, make its KV cache, open the channel."""
     model = load_model(config.model, group=model_group, device=device, dtype=config.dtype)
     kv_cache = _make_kv_cache(config, environment, model, device)
-    channel = open_channel(
-        control_group,
-        src=0,
-        transport=config.channel,
-        device=device,
-        probe=observer.probe,
-        timeout_s=config.timeout_s,
-    )
+    channel = _open_channel(config, control_group, device, observer.probe)
     executor = StepExecutor(model, kv_cache, observer)
     yield Rank(environment, channel, executor, kv_cache, observer)
     channel.close()
+
+
+def _open_channel(
+    config: RunConfig, group: dist.ProcessGroup, device: torch.device, probe: Probe | None
+) -> Channel:
+    if config.channel in PRIOR_PROTOCOLS:
+        return open_prior_channel(
+            config.channel, group, device=device, probe=probe, timeout_s=config.timeout_s
+        )
+    return open_channel(
+        group,
+        transport=config.channel,
+        device=device,
+        probe=probe,
+        timeout_s=config.timeout_s,
+        spin=config.spin,
+    )
 
 
 def _make_kv_cache(

@@ -23,8 +23,9 @@ class RunFigures:
     generated_tokens: int = 0
     elapsed_s: float = 0.0
     steps: int = 0
+    channel: str = ""
     broadcasts: int = 0
-    growth_steps: int = 0
+    growth_steps: int | None = None  # None: the channel's frames have no capacity to outgrow
     frame_bytes: int = 0
     metadata_bytes: int = 0
     swapped_out: int = 0
@@ -56,6 +57,9 @@ def _run_table(figures: RunFigures) -> Table:
     table = Table(title=f"{figures.ranks} tensor-parallel ranks", show_header=False)
     table.add_column("what")
     table.add_column("figure", overflow="fold")
+    outgrew = ""
+    if figures.growth_steps is not None:
+        outgrew = f", {figures.growth_steps:,} of which outgrew the capacity"
     failed = f" ({figures.failed_requests} failed)" if figures.failed_requests else ""
     rows = [
         ("requests", f"{figures.requests}{failed}"),
@@ -66,10 +70,11 @@ def _run_table(figures: RunFigures) -> Table:
             f"after {figures.prompt_tokens:,} prompt tokens)",
         ),
         ("steps", f"{figures.steps:,}"),
+        ("control channel", figures.channel),
         (
             "control broadcasts per step",
             f"{figures.broadcasts / steps:.2f} ({figures.broadcasts:,} for {figures.steps:,} "
-            f"frames, {figures.growth_steps} of which outgrew the capacity)",
+            f"frames{outgrew})",
         ),
         (
             "frame metadata per step",
