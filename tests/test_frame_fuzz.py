@@ -354,15 +354,15 @@ def arrays_of_absent_length(depth: int, nbytes: int) -> bytes:
 
 ONE_TENSOR = [["a"], [["int64", 1]]]
 LONG = Ext(1, b"\x7f" * 2000)  # beyond the digits that Python prints
-FORGED = {
-    "a dimension too long to print": [(DEFINES, [ONE_TENSOR, LONG], 8)],
-    "a rank too long to print": [(DEFINES, [[["a"], [["int64", LONG]]], 1], 8)],
-    "a rank too deep to print": [
-        (DEFINES, b"\x91\x92\x91\xa1a\x91\x92\xa5int64" + b"\x91" * 900, 8)
-    ],
-    "a device that torch is to drop": [(DEFINES, [[["a"], [None]], Ext(4, b"mkldnn")], 0)],
-    "no tensor, at an end beyond memory": [(DEFINES, [[["a"], [None]], 1], 1 << 31)],
-    "an empty tensor, at an end beyond memory": [(DEFINES, [ONE_TENSOR, 0], 1 << 31)],
+BEYOND = 1 << 31
+# metadata, where the tensors start if not right behind it, and their bytes
+FORGED: dict[str, tuple[list[Any], int | None, int]] = {
+    "a dimension too long to print": ([ONE_TENSOR, LONG], None, 8),
+    "a rank too long to print": ([[["a"], [["int64", LONG]]], 1], None, 8),
+    "a device that torch is to drop": ([[["a"], [None]], Ext(4, b"mkldnn")], None, 0),
+    "no tensor, at an end beyond memory": ([[["a"], [None]], 1], BEYOND, 0),
+    "an empty tensor, at an end beyond memory": ([ONE_TENSOR, 0], BEYOND, 0),
+    "a tensor beyond memory": ([ONE_TENSOR, 1], BEYOND, 8),
 }
 
 
@@ -377,13 +377,28 @@ def torch_warns_again() -> Iterator[None]:
 
 @pytest.mark.parametrize("what", FORGED)
 def test_a_forged_frame_is_refused_by_the_frame_error(what, torch_warns_again):
+    items, start, nbytes = FORGED[what]
+    content = with_lengths(DEFINES, 5, msgspec.msgpack.encode(items), nbytes)
+    if start is not None:
+        lengths = start.to_bytes(4, "little") + (start + nbytes).to_bytes(4, "little")
+        content = content[:20] + lengths + content[28:]
     target = Target()
-    for flag, items, nbytes in FORGED[what]:
-        packed = items if isinstance(items, bytes) else msgspec.msgpack.encode(items)
-        content = with_lengths(flag, 5, packed, 0)
-        total = int.from_bytes(content[20:24], "little") + nbytes
-        target(join([Frame(0, content[:24] + total.to_bytes(4, "little") + content[28:])]))
+    target(join([Frame(0, content)]))
     assert target.journal.numbers[1] == 1, "refused too early to say anything"
+    assert target.journal.numbers[2] == 0
+
+
+def test_no_depth_of_nesting_is_too_deep_to_be_refused():
+    target = Target()
+    for depth in range(1, 1100):  # one of them is as deep as can be decoded, and no deeper
+        deep = b"\x91" * depth + b"\xc0"
+        for metadata in (
+            b"\x92" + msgspec.msgpack.encode(ONE_TENSOR) + deep,
+            b"\x91\x92\x91\xa1a\x91\x92\xa5int64" + deep,
+            b"\x91\x92" + b"\x91\x00" * 20 + deep,
+        ):
+            target(join([Frame(0, with_lengths(DEFINES, 5, metadata, 8))]))
+    assert target.journal.numbers[1] == 3 * 1099
     assert target.journal.numbers[2] == 0
 
 
