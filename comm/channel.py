@@ -141,7 +141,13 @@ def open_channel(
     if transport in ("auto", "shared-memory"):
         try:
             return SharedMemoryChannel(
-                group, src=src, probe=probe, timeout_s=timeout_s, poison=poison, spin=spin
+                group,
+                src=src,
+                device=device,
+                probe=probe,
+                timeout_s=timeout_s,
+                poison=poison,
+                spin=spin,
             )
         except CannotShare as error:
             if transport != "auto":

@@ -28,6 +28,7 @@ back to the system once all readers have left it.
 """
 
 import mmap
+from typing import Protocol
 
 import torch
 
@@ -81,6 +82,16 @@ class Ring:
     def give_back(self) -> None:
         """Return the memory to the system; a view kept too long finds zeros."""
         self.memory.madvise(mmap.MADV_REMOVE)
+
+
+class RingWatcher(Protocol):
+    """Told which rings a process uses: a GPU wants their memory page-locked."""
+
+    def lock(self, ring: Ring) -> None:
+        """The ring was mapped."""
+
+    def unlock(self, ring: Ring) -> None:
+        """It will not be used any more."""
 
 
 def control_bytes(num_readers: int) -> int:

@@ -24,6 +24,7 @@ from .frame_ring import (
     WRITER_WAITS,
     Control,
     Ring,
+    RingWatcher,
     reader_line,
     table_entry,
 )
@@ -44,7 +45,13 @@ class RingReader:
     """
 
     def __init__(
-        self, segment: Segment, readers: Sequence[int], writer: int, peers: Peers, spin: float
+        self,
+        segment: Segment,
+        readers: Sequence[int],
+        writer: int,
+        peers: Peers,
+        spin: float,
+        watcher: RingWatcher | None = None,
     ) -> None:
         """`readers`: the global ranks in the order of their lines, this one among them."""
         self.position = 0
@@ -53,6 +60,7 @@ class RingReader:
         self._writer = writer
         self._peers = peers
         self._cadence = Cadence(spin)
+        self._watcher = watcher
         self._fence = make_fence()
         self._weak = is_weakly_ordered()
         # With more ranks than cores a spinning reader may keep the writer itself from running.
@@ -195,6 +203,8 @@ class RingReader:
         words = self._words
         self._generation = generation
         self._next_base = table_entry(generation + 1) + BASE
+        if self._watcher is not None and generation > 0:
+            self._watcher.unlock(self._ring)
         self._ring = Ring(
             self._segment,
             words[entry + BASE],
@@ -202,3 +212,5 @@ class RingReader:
             words[entry + SLOT_BYTES],
             words[entry + SLOTS],
         )
+        if self._watcher is not None:
+            self._watcher.lock(self._ring)

@@ -27,6 +27,7 @@ from .frame_ring import (
     WRITER_WAITS,
     Control,
     Ring,
+    RingWatcher,
     control_bytes,
     reader_line,
     table_entry,
@@ -54,7 +55,12 @@ class RingWriter:
     """
 
     def __init__(
-        self, segment: Segment, readers: Sequence[int], peers: Peers, timeout_s: float
+        self,
+        segment: Segment,
+        readers: Sequence[int],
+        peers: Peers,
+        timeout_s: float,
+        watcher: RingWatcher | None = None,
     ) -> None:
         """`segment` is as `make_ring_segment` made it."""
         self.position = 0
@@ -63,6 +69,7 @@ class RingWriter:
         self._readers = list(readers)
         self._peers = peers
         self._timeout_s = timeout_s
+        self._watcher = watcher
         self._fence = make_fence()
         self._weak = is_weakly_ordered()
         self._words = self._control.words
@@ -138,7 +145,10 @@ class RingWriter:
         if self._weak:
             self._fence()  # Fence: the readers' loads are over before the slot is written anew
         while len(self._rings) > 1 and slowest >= self._rings[1].base:
-            self._rings.pop(0).give_back()
+            ring = self._rings.pop(0)
+            if self._watcher is not None:
+                self._watcher.unlock(ring)
+            ring.give_back()
 
     def _await_taken(self, position: int) -> int:
         """Wait until all readers have taken what is before `position`; returns what all have."""
@@ -210,6 +220,8 @@ class RingWriter:
         offset = self._segment.extend(slot_bytes * slots)
         self._ring = Ring(self._segment, self.position, offset, slot_bytes, slots)
         self._rings.append(self._ring)
+        if self._watcher is not None:
+            self._watcher.lock(self._ring)
         self._bases.append(self.position)
         self._room_until = 0
         words = self._words

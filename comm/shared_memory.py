@@ -19,15 +19,17 @@ import torch.distributed as dist
 
 from .channel import DEFAULT_TIMEOUT_S, Frame
 from .endpoint import Endpoint, meeting_place
-from .errors import CannotShare, Closed, PeerLost, ReceiveTimeout
-from .frame import Decoder, Encoder, rebuild, write
+from .errors import CannotShare, Closed, FrameError, PeerLost, ReceiveTimeout
+from .frame import Decoder, Encoder, Message, rebuild, write
 from .header import HEADER_BYTES, VERSION, make_origin, read_header
+from .mirror import Mirror, make_mirror
 from .peers import Peers
 from .probe import Probe
 from .region import Region
 from .ring_reader import RingReader
 from .ring_writer import RingWriter
 from .sharing import share_segment
+from .staging import frame_device
 from .waiting import DEFAULT_SPIN
 
 
@@ -41,12 +43,14 @@ class SharedMemoryChannel(Endpoint):
         group: dist.ProcessGroup | None = None,
         *,
         src: int = 0,
+        device: torch.device | str | None = None,
         probe: Probe | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         poison: bool = False,
         spin: float = DEFAULT_SPIN,
     ) -> None:
         super().__init__(group, src, probe, timeout_s, poison)
+        place = frame_device(self._group, device)
         ranks = dist.get_process_group_ranks(self._group)
         readers = [rank for rank in ranks if rank != src]
         agreement = {"src": src, "frame version": VERSION}
@@ -58,13 +62,14 @@ class SharedMemoryChannel(Endpoint):
         segment = share_segment(self._group, peers, src, len(readers))
         self._peers = peers
         self._origin = make_origin(src, peers.by_rank[src].told["channel"])
-        self._private: Region | None = None
+        mirror = self._mirror = make_mirror(place, poison)
+        self._unread: Region | None = None  # a released slot that is still being copied
         if self.is_source:
             self._encoder = Encoder()
-            self._writer = RingWriter(segment, readers, peers, timeout_s)
+            self._writer = RingWriter(segment, readers, peers, timeout_s, mirror)
         else:
             self._decoder = Decoder()
-            self._reader = RingReader(segment, readers, src, peers, spin)
+            self._reader = RingReader(segment, readers, src, peers, spin, mirror)
 
     def publish(self, mapping: Mapping[Any, Any]) -> Frame:
         if self._refuses or not self.is_source:
@@ -79,6 +84,9 @@ class SharedMemoryChannel(Endpoint):
         except (PeerLost, Closed) as error:
             self._end(error)
             raise
+        mirror = self._mirror
+        if mirror is not None:
+            mirror.wait(region)
         write(message, self.sequence, self._origin, region)
         publish_start_ns = time.perf_counter_ns() if probe is not None else 0
         try:
@@ -87,14 +95,12 @@ class SharedMemoryChannel(Endpoint):
         except BaseException as error:
             self._end(error)
             raise
-        if self._poison:
-            region = self._copy(region, message.total)
         frame = self._frame = Frame(
             self.sequence,
             message.total,
             message.metadata_bytes,
             None,
-            lambda: rebuild(message, region),
+            lambda: _rebuild(message, region, mirror),
             self._poison_copy if self._poison else None,
         )
         self.sequence += 1
@@ -111,14 +117,19 @@ class SharedMemoryChannel(Endpoint):
         wait_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:
             self._frame.release()
+        if self._unread is not None:
+            self._give_back()
         try:
-            region = self._reader.next(limit_s)
+            slot = region = self._reader.next(limit_s)
             decode_start_ns = time.perf_counter_ns() if probe is not None else 0
-            memory = region.memory
+            memory = slot.memory
             assert memory is not None
             header = read_header(memory, self.sequence, self._origin)
-            if self._poison:
-                region = self._copy(region, header.total)
+            if self._mirror is not None:
+                if header.total > slot.nbytes:
+                    raise FrameError(f"the frame ends at {header.total}, beyond {slot.nbytes}")
+                region = self._mirror.copy(slot, header.start, header.total)
+                self._unread = slot
             mapping = self._decoder.decode(region, header, memory)
         except ReceiveTimeout:
             raise
@@ -161,18 +172,28 @@ class SharedMemoryChannel(Endpoint):
 
     def _retire(self, frame: Frame) -> None:
         self._frame = None
-        if self._poison:
-            self._poison_copy(frame)
+        if self._mirror is not None:
+            if self._poison:
+                self._mirror.poison()
+            if self._unread is not None and not self._mirror.is_read(self._unread):
+                return  # the next receive waits for it: the device is a step behind at most
+        self._unread = None
         self._reader.release()
 
-    def _copy(self, region: Region, nbytes: int) -> Region:
-        """The frame in private memory: what others still read must not be poisoned."""
-        if self._private is None or self._private.nbytes < region.nbytes:
-            with torch.inference_mode(False):
-                self._private = Region(torch.zeros(region.nbytes, dtype=torch.uint8))
-        self._private.tensor[:nbytes].copy_(region.tensor[:nbytes])
-        return self._private
+    def _give_back(self) -> None:
+        """Release the slot whose copy was under way when its frame was released."""
+        assert self._mirror is not None and self._unread is not None
+        self._mirror.wait(self._unread)
+        self._unread = None
+        self._reader.release()
 
     def _poison_copy(self, frame: Frame) -> None:
-        assert self._private is not None
-        self._private.poison()
+        assert self._mirror is not None
+        self._mirror.poison()
+
+
+def _rebuild(message: Message, region: Region, mirror: Mirror | None) -> dict[Any, Any]:
+    """What the source's own frame holds, made when it is asked for."""
+    if mirror is not None:
+        region = mirror.copy(region, message.placement.start, message.total)
+    return rebuild(message, region)
