@@ -38,6 +38,9 @@ _LEAD_NS = 10_000  # before the earliest arrival seen
 _SLACK_NS = 50_000  # after the latest: spent only when the frame is late
 # What a timed sleep overshoots until one was seen: Linux' timer slack and a wake-up.
 _LATE_NS = 100_000
+# What of a frame's time is the waking up of its reader. Left in, a frame met asleep would put the
+# next plan later, and the next frame would be met asleep for that.
+_WAKEUP_NS = 50_000
 _BRIEF_NS = 20_000  # not worth a sleep
 _FOREVER_NS = 1 << 62
 
@@ -53,7 +56,7 @@ class Cadence:
 
         wake, stop = cadence.begin(now)
         while stop > now:
-            if wake > now: sleep until wake or the frame; at the timed end overslept(now - wake)
+            if wake > now: sleep until wake or the frame; without a frame overslept(now - wake)
             spin until stop or the frame
             wake, stop = cadence.begin(now)     # unless the frame is here
         sleep until the frame
@@ -68,6 +71,7 @@ class Cadence:
     """
 
     __slots__ = (
+        "_asleep",
         "_before_ns",
         "_began_ns",
         "_begun",
@@ -77,6 +81,7 @@ class Cadence:
         "_last_ns",
         "_late_ns",
         "_lates",
+        "_margin_ns",
         "_mark_ns",
         "_met",
         "_paid_ns",
@@ -110,7 +115,9 @@ class Cadence:
         self._served = 0  # frames by the plan
         self._met = False  # the last frame, while spinning by the plan
         self._wake_ns = self._stop_ns = 0  # the spinning that is not paid for
-        self._late_ns = 0  # how late it started
+        self._asleep = False  # in a timed sleep before it, for all we know
+        self._late_ns = 0  # how late that ended
+        self._margin_ns = _LATE_NS  # how late it was expected to
         self._budget_ns = spin * _SAVED_NS
         self._paid_ns = -1
 
@@ -168,6 +175,7 @@ class Cadence:
 
     def overslept(self, late_ns: int) -> None:
         """A timed sleep ended so much after its time."""
+        self._asleep = False
         self._late_ns = late_ns
         self._lates.append(late_ns)
 
@@ -175,10 +183,15 @@ class Cadence:
         """Takes what was spun since the last call from the budget, adds what was earned."""
         self._met = False
         if self._stop_ns > self._wake_ns:
-            start_ns = self._wake_ns + self._late_ns
             end_ns = now_ns if self._waiting else self._ended_ns
-            self._budget_ns -= max(min(end_ns, self._stop_ns) - start_ns, 0)
-            self._met = start_ns < end_ns <= self._stop_ns
+            if not self._asleep:
+                start_ns = self._wake_ns + self._late_ns
+                self._budget_ns -= max(min(end_ns, self._stop_ns) - start_ns, 0)
+                self._met = start_ns <= end_ns <= self._stop_ns
+            elif end_ns > self._wake_ns:
+                # The frame came before the sleep had ended: how late that would have been is not
+                # known, but leaving such sleeps out would make them seem better than they are.
+                self._lates.append(max(end_ns - self._wake_ns, self._margin_ns))
         self._wake_ns = self._stop_ns = self._late_ns = 0
         if self._paid_ns >= 0:
             self._budget_ns += self._spin * (now_ns - self._paid_ns)
@@ -196,6 +209,10 @@ class Cadence:
         if self._shorts:
             waits.extend([0] * min(self._shorts, _MEMORY))
         if self._begun:
+            if not self._met and self._ended_ns - self._began_ns > SHORT_NS:
+                self._ended_ns -= _WAKEUP_NS
+                if not self._unwaited:
+                    self._last_ns -= _WAKEUP_NS
             waits.append(self._ended_ns - self._began_ns)
         if frames > 1:
             if self._mark_ns >= 0:  # of the gaps before the last one only the sum is known
@@ -217,7 +234,7 @@ class Cadence:
         if self._budget_ns <= 0 or len(self._waits) < _FEW:
             return
         lates = sorted(self._lates)
-        late_ns = lates[len(lates) * 7 // 8]
+        late_ns = self._margin_ns = lates[len(lates) * 7 // 8]
         early_ns = _LEAD_NS + late_ns - lates[len(lates) // 2]  # spun before the first arrival
         most = 0.0
         # After a forward pass the wait is the more regular, in a reader that has nothing else to do
@@ -240,6 +257,7 @@ class Cadence:
         if wake_ns < now_ns + _BRIEF_NS:
             wake_ns = now_ns
         self._wake_ns = wake_ns
+        self._asleep = wake_ns > now_ns
         self._stop_ns = max(min(stop_ns, wake_ns + int(self._budget_ns)), wake_ns)
 
 
