@@ -132,7 +132,12 @@ class Peers:
         state = peer.state()
         return f"process {peer.pid} is {state}" if state else f"process {peer.pid} has ended"
 
+    def is_near(self, rank: int) -> bool:
+        """Whether the process of `rank` can be seen from here; this rank's own can."""
+        return self.by_rank[rank].host == self.own.host
+
     def close(self) -> None:
+        """Stop watching; `gone` finds nobody any more."""
         for fd in list(self._watched):
             self._unwatch(fd)
 

@@ -13,9 +13,18 @@ which says how long it is, and only the rest follows in a second; the capacity t
     +----------------+            +----------------+--------------+
      one broadcast                 first            second, once
 
+`publish` returns once the frame has left this rank, for its group's memory over Gloo, for its
+stream over NCCL. It does not wait for the others to take it: a rank that is gone is told of by
+this publish or by the next, one that hangs once what the group holds for it is full.
+
+A lost peer is found by its process having ended, which the ranks of its host see within a second
+and tell those of other hosts, see `obituaries`. A whole host that goes silent is found when the
+time-out ends a wait.
+
 NCCL: ranks that wait for a frame wait inside a collective, so an idle spell longer than the group's
-time-out makes NCCL's watchdog end the process; give the group a long one. A lost peer is found by
-its process having gone, on this host within a second.
+time-out makes NCCL's watchdog end the process; give the group a long one. Gloo: a broadcast that is
+larger than the one awaited ends the receiving process, from inside Gloo; nothing else than this
+channel must broadcast on its group while one of its frames is awaited.
 """
 
 import logging
@@ -23,13 +32,21 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from .channel import DEFAULT_TIMEOUT_S, Frame
-from .errors import BrokenChannel, Closed, CommError, PeerLost, ReceiveTimeout
+from .errors import (
+    BrokenChannel,
+    Closed,
+    CommError,
+    PeerLost,
+    PublishTimeout,
+    ReceiveTimeout,
+)
 from .frame import Decoder, Encoder, rebuild
 from .header import (
     CLOSES,
@@ -41,17 +58,20 @@ from .header import (
     read_header,
 )
 from .ladder import Capacity, rung
+from .lookout import Lookout
+from .obituaries import Obituaries
 from .peers import Peers
 from .probe import Probe
 from .staging import DeviceStaging, HostStaging, Staging, frame_device
-
-_SLICE_S = 1.0  # between two looks at the peers while a broadcast does not end
+from .waiting import DEFAULT_SPIN
 
 log = logging.getLogger(__name__)
 
 
 class ProcessGroupChannel:
     """See `Channel`. `src` is a global rank, a member of `group`, as in `dist.broadcast`.
+
+    `spin` is the share of a core that waiting may take, from 0 to 1, see `Cadence`.
 
     Opening is a collective call. Closing is one too: the source says goodbye with a last frame, and
     a receiver that closes waits for it, passing over the frames before it. Between a ReceiveTimeout
@@ -69,6 +89,7 @@ class ProcessGroupChannel:
         probe: Probe | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         poison: bool = False,
+        spin: float = DEFAULT_SPIN,
     ) -> None:
         if not dist.is_initialized():
             raise ValueError("torch.distributed is not initialised")
@@ -85,14 +106,22 @@ class ProcessGroupChannel:
         self.src = src
         self.is_source = dist.get_rank() == src
         place = frame_device(group, device)
-        self._staging: Staging = DeviceStaging(place) if place.type == "cuda" else HostStaging()
+        by_stream = dist.get_backend(group) == "nccl"
+        self._staging: Staging = (
+            DeviceStaging(place, by_stream) if place.type == "cuda" else HostStaging()
+        )
         # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
         self._group = weakref.ref(group)
-        meet = place if dist.get_backend(group) == "nccl" else torch.device("cpu")
+        meet = place if by_stream else torch.device("cpu")
         agreement = {"src": src, "frame version": VERSION}
-        told = {"channel": secrets.randbits(16)}
-        self._peers = Peers.exchange(group, meet, agreement, told)
-        self._origin = make_origin(src, self._peers.by_rank[src].told["channel"])
+        told = {"channel": secrets.randbits(16), "board": secrets.randbits(62)}
+        peers = Peers.exchange(group, meet, agreement, told)
+        brought = peers.by_rank[src].told
+        self._origin = make_origin(src, brought["channel"])
+        self._board = None if peers.on_one_host else _open_board(brought["board"], peers)
+        self._lookout = Lookout(peers, self._board, spin)
+        # When this object goes, however it goes: the watch ends, and the others are told.
+        self._leave = weakref.finalize(self, _leave, peers, self._board)
         self._probe = probe
         self._timeout_s = timeout_s
         self._poison = poison
@@ -118,10 +147,13 @@ class ProcessGroupChannel:
         encode_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:
             self._frame.release()
+        gone = self._lookout.gone_lately()
         message = self._encoder.plan(mapping)
         staging = self._staging
         capacity = self._capacity.nbytes
         total = message.total
+        if gone is not None or not staging.writable():
+            self._make_sure(gone)
         staging.reserve(capacity if total <= capacity else rung(total))
         staging.put(message, self.sequence, self._origin)
         publish_start_ns = time.perf_counter_ns() if probe is not None else 0
@@ -156,9 +188,11 @@ class ProcessGroupChannel:
             self._frame.release()
         capacity = self._capacity.nbytes
         try:
-            header, memory = self._next(self._timeout_s if timeout_s is None else timeout_s)
+            limit_s = self._timeout_s if timeout_s is None else timeout_s
+            header, memory = self._next(time.monotonic_ns() + int(limit_s * 1e9))
             if header.flags & CLOSES:
                 self._closed = self._refuses = True
+                self._part()
                 raise Closed(f"rank {self.src} closed the channel after {self.sequence} frames")
             decode_start_ns = time.perf_counter_ns() if probe is not None else 0
             mapping = self._decoder.decode(self._staging.region, header, memory)
@@ -188,14 +222,20 @@ class ProcessGroupChannel:
             self._frame.release()
         if self._error is not None:
             return  # out of step: a goodbye would not be understood
-        if self.is_source:
-            self._staging.reserve(self._capacity.nbytes)
-            self._staging.put_goodbye(self.sequence, self._origin)
-            self._send(self._capacity.nbytes, 0)
-        else:
-            deadline = time.monotonic() + self._timeout_s
-            while not self._next(max(deadline - time.monotonic(), 0))[0].flags & CLOSES:
-                self.sequence += 1
+        try:
+            if self.is_source:
+                self._make_sure(None)
+                self._staging.reserve(self._capacity.nbytes)
+                self._staging.put_goodbye(self.sequence, self._origin)
+                self._send(self._capacity.nbytes, 0)
+            else:
+                deadline_ns = time.monotonic_ns() + int(self._timeout_s * 1e9)
+                while not self._next(deadline_ns)[0].flags & CLOSES:
+                    self.sequence += 1
+        except BaseException as error:
+            self._break(error)
+            raise
+        self._part()
 
     def _refuse(self) -> NoReturn:
         if self._error is not None:
@@ -207,31 +247,57 @@ class ProcessGroupChannel:
 
     def _break(self, error: BaseException) -> None:
         """Nothing is certain about the ranks being in step after `error`."""
+        if self._error is not None:
+            return
         self._error = error
         self._refuses = True
+        if self._board is not None and self._board.heard is None:
+            if isinstance(error, PeerLost) and error.rank is not None:
+                self._board.post(error.rank, error.details)
+            elif not isinstance(error, PeerLost):  # else others know better who it was
+                self._board.post(dist.get_rank(), f"it gave up: {error!r}")
+        self._part()
+
+    def _part(self) -> None:
+        """This rank is through with the others: in order, or they have been told."""
+        finalizer = self._leave.detach()
+        if finalizer is not None:
+            _, _, (peers, board), _ = finalizer
+            peers.close()
+            if board is not None:
+                board.close()
 
     def _retire(self, frame: Frame) -> None:
         self._staging.region.poison()
 
     def _send(self, capacity: int, total: int) -> None:
-        work = self._broadcast(0, capacity)
-        deadline = time.monotonic() + self._timeout_s
-        self._await(work, deadline, self._staging.sent)
+        deadline_ns = time.monotonic_ns() + int(self._timeout_s * 1e9)
+        self._await(self._broadcast(0, capacity), deadline_ns, self._staging.sent)
         if total > capacity:
-            self._await(self._broadcast(capacity, total), deadline, self._staging.sent)
+            self._await(self._broadcast(capacity, total), deadline_ns, self._staging.sent)
         self._capacity.saw(total)
 
-    def _next(self, timeout_s: float) -> tuple[Header, memoryview]:
+    def _make_sure(self, gone: tuple[int, str] | None) -> None:
+        """Nobody is known to be gone, and the memory of the frame before can be written."""
+        try:
+            if gone is not None:
+                raise PeerLost(gone[0], f"{gone[1]} before frame {self.sequence} was published")
+            deadline_ns = time.monotonic_ns() + int(self._timeout_s * 1e9)
+            self._await(None, deadline_ns, lambda _: self._staging.writable())
+        except BaseException as error:
+            self._break(error)
+            raise
+
+    def _next(self, deadline_ns: int) -> tuple[Header, memoryview]:
         """The next frame, once all of it is here: its header, and a memory with its metadata."""
         staging = self._staging
-        deadline = time.monotonic() + timeout_s
         capacity = self._capacity.nbytes
         header = self._front
         if header is None:
             if self._pending is None:
                 staging.reserve(capacity)
                 self._pending = self._broadcast(0, capacity)
-            self._await(self._pending, deadline, staging.arrived)
+            self._await(self._pending, deadline_ns, staging.arrived)
             self._pending = None
             memory = staging.head(HEADER_BYTES)
             header = read_header(memory, self.sequence, self._origin)
@@ -245,7 +311,7 @@ class ProcessGroupChannel:
             self._front = header
         if self._pending is None:
             self._pending = self._broadcast(capacity, header.total)
-        self._await(self._pending, deadline, staging.arrived)
+        self._await(self._pending, deadline_ns, staging.arrived)
         self._pending = self._front = None
         memory = staging.head(HEADER_BYTES + header.metadata_length)
         check_metadata(header, memory)
@@ -265,24 +331,19 @@ class ProcessGroupChannel:
         assert work is not None
         return work
 
-    def _await(
-        self,
-        work: dist.Work,
-        deadline: float,
-        done: Callable[[dist.Work, float], bool],
-    ) -> None:
-        left = deadline - time.monotonic()
+    def _await(self, work: dist.Work | None, deadline_ns: int, done: Callable[[Any], bool]) -> None:
+        """Until `done(work)`; raises PeerLost, and the time-out of this side."""
+        lookout = self._lookout
+        start_ns = time.monotonic_ns()
         try:
-            while not done(work, min(left, _SLICE_S)):
-                gone = self._peers.gone()
-                if gone is not None:
-                    text = f"its process ended while this rank waited for {self._awaited()}"
-                    raise PeerLost(gone, text)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise ReceiveTimeout(f"waited in vain for {self._awaited()}")
+            if lookout.wait(partial(done, work), partial(self._staging.sleep, work), deadline_ns):
+                return
         except RuntimeError as error:
             raise self._failure(error) from error
+        gone = lookout.gone()
+        if gone is not None:
+            raise PeerLost(gone[0], f"{gone[1]} while this rank waited for {self._awaited()}")
+        raise self._timeout(f"{(time.monotonic_ns() - start_ns) / 1e9:.3g} s", lookout.describe())
 
     def _awaited(self) -> str:
         if self.is_source:
@@ -290,16 +351,25 @@ class ProcessGroupChannel:
         rest = "the rest of " if self._front is not None else ""
         return f"{rest}frame {self.sequence} from rank {self.src}"
 
+    def _timeout(self, waited: str, details: str) -> ReceiveTimeout | PublishTimeout:
+        text = f"waited {waited} in vain for {self._awaited()}"
+        if not self.is_source:
+            return ReceiveTimeout(f"{text} ({details})")
+        under_way = "a broadcast is under way, so the channel cannot be used any more"
+        return PublishTimeout(f"{text}; {under_way} ({details})")
+
     def _failure(self, error: RuntimeError) -> CommError:
         """What a failed broadcast means; the process group says it in words only."""
         text = str(error)
-        rank = self._peers.find_gone()
-        if rank is None and "timed out" in text.lower():
-            self._break(error)  # unlike a wait of ours that ends, this one cannot be resumed
-            return ReceiveTimeout(f"the process group's own time-out ended the broadcast: {text}")
-        if rank is None and not self.is_source:
-            rank = self.src  # its connection, or that of a rank which passes its bytes on
-        return PeerLost(rank, text)
+        gone = self._lookout.find_gone()
+        if gone is not None:
+            return PeerLost(gone[0], f"{gone[1]}; the broadcast: {text}")
+        if "timed out" in text.lower():
+            text = f"until the process group's own time-out ended the broadcast: {text}"
+            late = self._timeout(text, self._lookout.describe())
+            self._break(late)  # unlike a wait of ours that ends, this one cannot be resumed
+            return late
+        return PeerLost(self._lookout.only_other(), text)
 
     def _tell(
         self,
@@ -324,3 +394,18 @@ class ProcessGroupChannel:
         except Exception:
             log.exception("the probe failed; it is removed")
             self._probe = None
+
+
+def _open_board(number: int, peers: Peers) -> Obituaries:
+    """The board of a channel whose ranks are on several hosts."""
+    # What torch itself uses wherever it needs the store; it has no public name.
+    store = dist.distributed_c10d._get_default_store()
+    return Obituaries(store, number, peers.own.rank)
+
+
+def _leave(peers: Peers, board: Obituaries | None) -> None:
+    """A channel went that was neither closed nor broken."""
+    peers.close()
+    if board is not None:
+        board.post(peers.own.rank, "it left without closing the channel")
+        board.close()

@@ -1,0 +1,135 @@
+"""Waiting for a broadcast with an eye on the ranks that it takes.
+
+Owns the one loop in which a process-group channel waits: asleep until the frame is nearly due,
+spinning around that moment (`waiting` says when), asleep in slices afterwards, and every tenth of a
+second a look at who is gone. Knows nothing of what is awaited: it is given two calls, one that says
+whether it is there and one that sleeps.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+from .obituaries import Obituaries
+from .peers import Peers
+from .waiting import Cadence
+
+_SLICE_NS = 250_000_000  # the longest sleep without a look at the peers
+_LOOK_NS = 100_000_000  # between two looks
+_GRACE_NS = 250_000_000  # for what a rank had sent before it ended to arrive
+_SETTLE_S = 1.0  # for a rank's end to be known after a connection to it was lost
+_TURNS = 8  # of spinning between two looks at the clock
+# So many turns take some microseconds, unless the core went to somebody else meanwhile: a thread
+# that sleeps is given it back sooner than one that spins. After that some waits are slept through.
+_CROWDED_NS = 500_000
+_CROWDED_WAITS = 32
+
+_clock = time.monotonic_ns
+_yield = os.sched_yield  # the thread that receives may have been put on this very core
+
+
+class Lookout:
+    """One rank's waits, and what it knows of the others."""
+
+    def __init__(self, peers: Peers, board: Obituaries | None, spin: float) -> None:
+        self._peers = peers
+        self._board = board
+        self._cadence = Cadence(spin)
+        self._may_sleep = spin < 1
+        self._sleeps = 0  # waits to come that are slept through: the cores are crowded
+        self._looked_ns = 0
+
+    def wait(
+        self, ready: Callable[[], bool], sleep: Callable[[int], None], deadline_ns: int
+    ) -> bool:
+        """Whether `ready` came true before the deadline, and before somebody was gone.
+
+        `sleep` is given nanoseconds; it may return early, and should where it can tell that what
+        is awaited has come. What either raises goes through.
+        """
+        cadence = self._cadence
+        if not ready():
+            now = _clock()
+            until = now  # the first look is due at once: who is gone already is not waited for
+            wake, stop = cadence.begin(now)
+            crowded = self._sleeps > 0
+            if crowded:
+                self._sleeps -= 1
+                wake = stop = now
+            while True:
+                if now >= until:
+                    if self.gone() is not None:
+                        deadline_ns = min(deadline_ns, now + _GRACE_NS)
+                    if now >= deadline_ns:
+                        return False
+                    until = min(now + _LOOK_NS, deadline_ns)
+                if now >= wake and now >= stop and not crowded:
+                    wake, stop = cadence.begin(now)
+                before = now
+                if before < wake:
+                    sleep(min(wake, until) - before)
+                elif before < stop:
+                    if _spin(ready):
+                        break
+                else:
+                    until = min(before + _SLICE_NS, deadline_ns)
+                    sleep(until - before)
+                if ready():
+                    break
+                now = _clock()
+                if before < wake <= now:
+                    cadence.overslept(now - wake)
+                elif wake <= before < stop and now - before > _CROWDED_NS and self._may_sleep:
+                    crowded = True
+                    self._sleeps = _CROWDED_WAITS
+                    stop = now
+        cadence.arrived(_clock())
+        return True
+
+    def gone(self) -> tuple[int, str] | None:
+        """Who is gone, as far as known here and now, and why; about a microsecond."""
+        self._looked_ns = _clock()
+        rank = self._peers.gone()
+        if rank is not None:
+            return rank, "its process ended"
+        return self._board.heard if self._board is not None else None
+
+    def gone_lately(self) -> tuple[int, str] | None:
+        """The same; None at once if the last look was a moment ago."""
+        return None if _clock() - self._looked_ns < _LOOK_NS else self.gone()
+
+    def find_gone(self) -> tuple[int, str] | None:
+        """The same after a connection was lost: who lost it is known a moment later."""
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            gone = self.gone()
+            if gone is not None or time.monotonic() >= deadline:
+                return gone
+            time.sleep(0.01)
+
+    def only_other(self) -> int | None:
+        """The one rank that it can have been; None if there are several."""
+        others = [rank for rank in self._peers.ranks if rank != self._peers.own.rank]
+        return others[0] if len(others) == 1 else None
+
+    def describe(self) -> str:
+        """How the other ranks are, as far as can be told."""
+        board = self._board
+        far = [rank for rank in self._peers.ranks if not self._peers.is_near(rank)]
+        ages = board.ages(far) if board is not None and board.silence is None else {}
+        told = []
+        for rank in self._peers.ranks:
+            if rank != self._peers.own.rank:
+                text = f"rank {rank}: {self._peers.describe(rank)}"
+                told.append(f"{text}, last alive {ages[rank]:.1f} s ago" if rank in ages else text)
+        if board is not None and board.silence is not None:
+            told.append(board.silence)
+        return "; ".join(told) or "there is no other rank"
+
+
+def _spin(ready: Callable[[], bool]) -> bool:
+    for _ in range(_TURNS):
+        if ready():
+            return True
+        _yield()
+    return False
