@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from .launch import Figures, Plan, launch
-from .report import make_ratios, make_rows, print_report
+from .report import make_ratios, make_rows
+from .tables import print_report
 
 RANKS = (2, 4)
 _LAUNCHES = 3
@@ -56,10 +57,13 @@ def measure(steps: int, launches: int, quick: bool) -> dict[str, Any]:
             progress = f"launch {number + 1} of {launches}, {ranks} ranks"
             print(progress, file=sys.stderr, flush=True)
             few = max(steps // 5, 1) if quick and ranks > 2 else steps
-            figures |= launch(Plan(ranks, few, few, idle_s=1.0 if quick else 3.0))
+            untimed, idle_s = (8, 1.0) if quick else (20, 3.0)
+            figures |= launch(Plan(ranks, few, few, untimed, idle_s))
         seen.append(figures)
-    cores = f"{len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
     python = f"Python {platform.python_version()}"
-    machine = f"{platform.machine()}, {cores}, {python}, torch {torch.__version__}, Gloo"
+    machine = f"{platform.machine()}, {cores} cores, {python}, torch {torch.__version__}, Gloo"
+    if cores < max(RANKS):
+        machine += f"; with {max(RANKS)} ranks, ranks that spin take a core from others"
     rows, ratios = make_rows(seen), make_ratios(seen)
     return {"bench": "comm", "machine": machine, "rows": rows, "ratios": ratios}

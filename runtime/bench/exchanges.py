@@ -34,7 +34,6 @@ PERIOD_NS = 5_000_000
 _PAUSE_NS = 50_000
 _TIGHT_BLOCK, _TIGHT_WARMUP = 25, 5  # timed exchanges of a method in a row; untimed before them
 _PACED_BLOCK, _PACED_WARMUP = 100, 20  # a reader learns a cadence in sixteen
-_PRIME = 20  # untimed: layouts are learned, capacities settled
 
 
 class Turn(NamedTuple):
@@ -85,16 +84,23 @@ class Exchanges:
     """All exchanges of one workload on this rank."""
 
     def __init__(
-        self, rank: int, gate: Gate, methods: Mapping[str, Method], mapping: dict[str, Any]
+        self,
+        rank: int,
+        gate: Gate,
+        methods: Mapping[str, Method],
+        mapping: dict[str, Any],
+        untimed_steps: int,
     ) -> None:
-        """A collective call. Every method is used, and what arrives compared with what was sent."""
+        """A collective call. Every method is used so many times, for layouts to be learned and
+        capacities to settle, and what arrives is compared with what was sent.
+        """
         self._gate = gate
         self._is_source = rank == 0
         self._methods = methods
         self._mappings = {name: method.prepare(mapping) for name, method in methods.items()}
         self._step = 0
         for name, method in methods.items():
-            for _ in range(_PRIME):
+            for _ in range(untimed_steps):
                 self._prime(name, method)
 
     def _prime(self, name: str, method: Method) -> None:

@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     ranks: int
     tight_steps: int
     paced_steps: int
+    untimed_steps: int
     idle_s: float
     timeout_s: float = 1800.0
 
@@ -87,7 +88,7 @@ def _measure(rank: int, plan: Plan) -> dict[str, Mapping[Any, Any]]:
             names = METHODS + ABLATION
         mapping = make_workload(workload)
         methods = open_methods(names, mapping)
-        exchanges = Exchanges(rank, gate, methods, mapping)
+        exchanges = Exchanges(rank, gate, methods, mapping, plan.untimed_steps)
         before = {name: (method.messages, method.broadcasts) for name, method in methods.items()}
         modes = {"tight": exchanges.run(tight_turns(names, plan.tight_steps))}
         if workload == "W2" and plan.ranks == 2:
