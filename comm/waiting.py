@@ -34,7 +34,9 @@ _PRICE_NS = 10_000_000
 _PLAN_FRAMES = 8
 # The budget of this time can be saved up, so that one stray wait does not stop the next ones.
 _SAVED_NS = 50_000_000
-_LEAD_NS = 10_000  # before the earliest arrival seen
+_LEAD_NS = (
+    20_000  # before the earliest arrival seen; 10 us missed one frame in 30 of a steady source
+)
 _SLACK_NS = 50_000  # after the latest: spent only when the frame is late
 # What a timed sleep overshoots until one was seen: Linux' timer slack and a wake-up.
 _LATE_NS = 100_000
