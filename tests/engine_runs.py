@@ -34,6 +34,7 @@ class Case:
     max_batch_tokens: int = 512
     max_batch_size: int = 64
     chunked_prefill: bool = True
+    transport: str = "auto"
 
 
 @dataclass
@@ -87,7 +88,7 @@ def _run_cases(rank: int, cases: list[Case]) -> list[Outcome] | list[int]:
             block_size=case.block_size,
             device="cpu",
         )
-        channel = open_channel(group, timeout_s=60)
+        channel = open_channel(group, transport=case.transport, timeout_s=60)
         executor = StepExecutor(model, kv_cache, NullObserver())
         if rank == 0:
             calls.clear()

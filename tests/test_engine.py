@@ -148,6 +148,7 @@ def test_a_thousand_steps_take_one_broadcast_each_but_for_growth(
         num_host_blocks=120,
         max_batch_tokens=48,
         max_batch_size=12,
+        transport="process-group",
     )
     (outcome,) = run_cases([case], 2)
     assert outcome.steps >= 1000

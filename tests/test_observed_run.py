@@ -74,7 +74,9 @@ def _observed_engine(rank: int, checkpoint: Path, run_dir: str) -> dict[str, Any
     kv_cache = KVCache(
         model.cache_spec, num_blocks=10, num_host_blocks=40, block_size=4, device="cpu"
     )
-    channel = open_channel(control_group, probe=session.probe, timeout_s=60)
+    channel = open_channel(
+        control_group, transport="process-group", probe=session.probe, timeout_s=60
+    )
     executor = StepExecutor(model, kv_cache, session)
     seen = None
     if rank == 0:
