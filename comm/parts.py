@@ -189,7 +189,8 @@ class Expected:
         self, mapping: Mapping[Any, Any]
     ) -> tuple[Sequence[Source], Sequence[Any], int] | None:
         """Sources, values and the kind of the sources; None: look closer."""
-        if [*mapping] != self._keys:
+        # keys(): to go through what is no mapping, a large tensor perhaps, could take hours.
+        if [*mapping.keys()] != self._keys:
             return None
         guards = self._guards
         if guards is not None:
