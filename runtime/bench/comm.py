@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(steps: int, launches: int, quick: bool) -> dict[str, Any]:
     """The whole report: rows of what was measured, ratios against the figures to reach."""
+    load = os.getloadavg()[0]
     seen: list[Figures] = []
     for number in range(launches):
         figures: Figures = {}
@@ -63,6 +64,7 @@ def measure(steps: int, launches: int, quick: bool) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     python = f"Python {platform.python_version()}"
     machine = f"{platform.machine()}, {cores} cores, {python}, torch {torch.__version__}, Gloo"
+    machine += f", load {load:.1f} before"
     if cores < max(RANKS):
         machine += f"; with {max(RANKS)} ranks, ranks that spin take a core from others"
     rows, ratios = make_rows(seen), make_ratios(seen)

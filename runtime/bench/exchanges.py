@@ -15,6 +15,9 @@ Before every exchange each receiver says through a word of shared memory that it
     paced        the source sleeps until 5 ms after its last send; blocks of one method. Between
                  steps both sides do nothing but wait.
 
+Waiting CPU is taken where there is a wait to speak of, paced and idle: the CPU time of the whole
+receiving process, the threads of Gloo included, over the time that passed, decoding and all.
+
 One way is from the stamp before `send` to the stamp after `receive` of the last reader to have it;
 `perf_counter_ns` reads one clock for all processes of a host.
 """
@@ -46,8 +49,7 @@ class Turn(NamedTuple):
 class Stamps:
     """Of one method in one mode, in ns: `begins` and `ends` on the source, `ends` on a receiver.
 
-    `cpu_percent`: of a core, the whole receiving process with Gloo's threads, over the time of a
-    paced block.
+    `cpu_percent`: of a core, for each paced block.
     """
 
     def __init__(self) -> None:
