@@ -244,39 +244,3 @@ class PriorChannel(Endpoint):
         else:
             for work in works:
                 work.wait()  # orders the current stream; a time-out given to NCCL would abort it
-
-
-def two_broadcasts(
-    mapping: Mapping[Any, Any] | None, src: int = 0, group: dist.ProcessGroup | None = None
-) -> dict[Any, Any]:
-    """The first protocol as one call: `mapping` from global rank `src` to all ranks of `group`."""
-    tensors: list[torch.Tensor] = []
-    if dist.get_rank() == src:
-        if mapping is None:
-            raise ValueError(f"rank {src} is the source: it must pass a mapping")
-        _, pickled, tensors = divide(mapping, torch.device("cpu"))
-        for message in TwoBroadcasts().outgoing(pickled):
-            dist.broadcast(torch.frombuffer(message, dtype=torch.uint8), src=src, group=group)
-        result = dict(mapping)
-    else:
-        size = torch.empty(1, dtype=torch.int64)
-        dist.broadcast(size, src=src, group=group)
-        buffer = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(buffer, src=src, group=group)
-        structure = load(buffer.numpy().data)
-        assert structure is not None
-
-        def allocate(mark: TensorMark) -> torch.Tensor:
-            tensors.append(torch.empty(mark.size, dtype=mark.dtype))
-            return tensors[-1]
-
-        result = unite(structure, allocate)
-    works = [
-        dist.broadcast(wire(tensor), src=src, group=group, async_op=True)
-        for tensor in tensors
-        if tensor.numel()
-    ]
-    for work in works:
-        assert work is not None
-        work.wait()
-    return result

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from test_frame import assert_arrived, block_message
 
 from onecast.comm import UnsupportedTypeError, broadcast_tensor_dict, tensor_dict
-from onecast.comm.prior_art import two_broadcasts
 from onecast.comm.testing import run_ranks
 
 
@@ -76,22 +75,6 @@ def run_all(rank: int) -> None:
 
 def test_what_is_broadcast_is_the_callers_to_keep_and_costs_one_broadcast():
     run_ranks(run_all, 2)
-
-
-def compare_protocols(rank: int) -> list[int]:
-    mapping = {**block_message(), "step": 3, "ids": [1, 2], "empty": torch.zeros(0, 4)}
-    counts = []
-    for function in (two_broadcasts, broadcast_tensor_dict):
-        for _ in range(3):
-            before = collectives()
-            got = function(mapping if rank == 0 else None)
-            assert_arrived(mapping, got)
-        counts.append(collectives() - before)
-    return counts
-
-
-def test_two_broadcasts_carry_the_same_mapping_in_two_plus_one_per_tensor():
-    assert run_ranks(compare_protocols, 3) == [[5, 1]] * 3
 
 
 def test_without_a_process_group_it_says_so():
