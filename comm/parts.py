@@ -54,6 +54,7 @@ class Parts:
                 and (dtype := value.dtype) in _TENSOR_DTYPES
                 and value.layout is _STRIDED
                 and not value.requires_grad
+                and value.dim() <= MAX_RANK
             ):
                 shape = value.shape
                 root.append((dtype, len(shape)))
