@@ -183,6 +183,8 @@ class RingReader:
 
     def _end(self) -> None:
         """Raise what the writer closed with."""
+        if self._weak:
+            self._fence()  # Fence: why it ended is read after the end was seen
         lost = self._words[LOST]
         if lost:
             raise PeerLost(lost - 1, f"rank {self._writer} says so")

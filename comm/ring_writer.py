@@ -125,6 +125,8 @@ class RingWriter:
     def abandon(self, lost: int) -> None:
         """Tell the readers that global rank `lost` is gone, and close."""
         self._words[LOST] = lost + 1
+        if self._weak:
+            self._fence()  # Fence: why it ends is visible before the end
         self.close()
 
     def _wake_readers(self) -> None:
