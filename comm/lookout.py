@@ -1,7 +1,7 @@
 """Waiting for a broadcast with an eye on the ranks that it takes.
 
 Owns the one loop in which a process-group channel waits: asleep until the frame is nearly due,
-spinning around that moment (`waiting` says when), asleep in slices afterwards, and every tenth of a
+spinning around that moment (`waiting` says when), asleep in slices afterwards, and four times a
 second a look at who is gone. Knows nothing of what is awaited: it is given two calls, one that says
 whether it is there and one that sleeps.
 """
@@ -14,14 +14,14 @@ from .obituaries import Obituaries
 from .peers import Peers
 from .waiting import Cadence
 
-_SLICE_NS = 250_000_000  # the longest sleep without a look at the peers
-_LOOK_NS = 100_000_000  # between two looks
+_SLICE_NS = 250_000_000  # of a wait, between two looks at the peers
+_LATELY_NS = 100_000_000  # between two looks of a source that never has to wait
 _GRACE_NS = 250_000_000  # for what a rank had sent before it ended to arrive
 _SETTLE_S = 1.0  # for a rank's end to be known after a connection to it was lost
 _TURNS = 8  # of spinning between two looks at the clock
 # So many turns take some microseconds, unless the core went to somebody else meanwhile: a thread
 # that sleeps is given it back sooner than one that spins. After that some waits are slept through.
-_CROWDED_NS = 500_000
+_CROWDED_NS = 100_000
 _CROWDED_WAITS = 32
 
 _clock = time.monotonic_ns
@@ -34,6 +34,7 @@ class Lookout:
     def __init__(self, peers: Peers, board: Obituaries | None, spin: float) -> None:
         self._peers = peers
         self._board = board
+        self._near = [rank for rank in peers.ranks if peers.is_near(rank)]
         self._cadence = Cadence(spin)
         self._may_sleep = spin < 1
         self._sleeps = 0  # waits to come that are slept through: the cores are crowded
@@ -62,7 +63,7 @@ class Lookout:
                         deadline_ns = min(deadline_ns, now + _GRACE_NS)
                     if now >= deadline_ns:
                         return False
-                    until = min(now + _LOOK_NS, deadline_ns)
+                    until = min(now + _SLICE_NS, deadline_ns)
                 if now >= wake and now >= stop and not crowded:
                     wake, stop = cadence.begin(now)
                 before = now
@@ -72,7 +73,6 @@ class Lookout:
                     if _spin(ready):
                         break
                 else:
-                    until = min(before + _SLICE_NS, deadline_ns)
                     sleep(until - before)
                 if ready():
                     break
@@ -86,7 +86,7 @@ class Lookout:
         cadence.arrived(_clock())
         return True
 
-    def gone(self) -> tuple[int, str] | None:
+    def gone(self) -> tuple[int | None, str] | None:
         """Who is gone, as far as known here and now, and why; about a microsecond."""
         self._looked_ns = _clock()
         rank = self._peers.gone()
@@ -94,11 +94,11 @@ class Lookout:
             return rank, "its process ended"
         return self._board.heard if self._board is not None else None
 
-    def gone_lately(self) -> tuple[int, str] | None:
+    def gone_lately(self) -> tuple[int | None, str] | None:
         """The same; None at once if the last look was a moment ago."""
-        return None if _clock() - self._looked_ns < _LOOK_NS else self.gone()
+        return None if _clock() - self._looked_ns < _LATELY_NS else self.gone()
 
-    def find_gone(self) -> tuple[int, str] | None:
+    def find_gone(self) -> tuple[int | None, str] | None:
         """The same after a connection was lost: who lost it is known a moment later."""
         deadline = time.monotonic() + _SETTLE_S
         while True:
@@ -107,15 +107,20 @@ class Lookout:
                 return gone
             time.sleep(0.01)
 
-    def only_other(self) -> int | None:
-        """The one rank that it can have been; None if there are several."""
-        others = [rank for rank in self._peers.ranks if rank != self._peers.own.rank]
+    def only_suspect(self) -> int | None:
+        """The rank behind a lost connection of which nobody has told; None if it can be several.
+
+        With several hosts it is one of another host: those of this one would have been seen to end,
+        and a rank that gives up says so on the board.
+        """
+        near = [self._peers.own.rank] if self._board is None else self._near
+        others = [rank for rank in self._peers.ranks if rank not in near]
         return others[0] if len(others) == 1 else None
 
     def describe(self) -> str:
         """How the other ranks are, as far as can be told."""
         board = self._board
-        far = [rank for rank in self._peers.ranks if not self._peers.is_near(rank)]
+        far = [rank for rank in self._peers.ranks if rank not in self._near]
         ages = board.ages(far) if board is not None and board.silence is None else {}
         told = []
         for rank in self._peers.ranks:

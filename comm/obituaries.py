@@ -5,7 +5,8 @@ leaves without closing, write it down here, and every other rank reads it. Owns 
 a connection of its own, and the thread that alone uses it: the store may be slow, or gone, and
 nobody who publishes or receives ever waits for it. Knows nothing of frames.
 
-    onecast/<board>/gone           "<rank> <why>", of the last rank that was found gone
+    onecast/<board>/gone           "<rank> <why>", of the last rank that was found gone; "? <why>"
+                                   where nobody knows which it was
     onecast/<board>/alive/<rank>   seconds after the epoch, by the clock of that rank's host
 """
 
@@ -30,7 +31,9 @@ class Obituaries:
     """One board, seen from one rank. Open it on all ranks with the same number."""
 
     def __init__(self, store: c10d.Store, board: int, own_rank: int) -> None:
-        self.heard: tuple[int, str] | None = None  # who is gone, and why; reading it costs nothing
+        self.heard: tuple[int | None, str] | None = (
+            None  # who is gone, and why; reading it costs nothing
+        )
         self.silence: str | None = None  # why nothing can be heard any more
         self._store = c10d.PrefixStore(
             f"onecast/{board}",
@@ -49,10 +52,10 @@ class Obituaries:
         )
         self._thread.start()
 
-    def post(self, rank: int, why: str) -> None:
-        """Tell everyone that `rank` is gone. Returns at once."""
+    def post(self, rank: int | None, why: str) -> None:
+        """Tell everyone that `rank`, or one that nobody can name, is gone. Returns at once."""
         with self._lock:
-            self._outbox.append(f"{rank} {why}")
+            self._outbox.append(f"{'?' if rank is None else rank} {why}")
             self._lock.notify_all()
 
     def ages(self, ranks: Iterable[int]) -> dict[int, float]:
@@ -88,7 +91,7 @@ class Obituaries:
                 return False
             if self.heard is None and self._store.check(["gone"]):
                 rank, _, why = self._store.get("gone").decode(errors="replace").partition(" ")
-                self.heard = (int(rank), why)
+                self.heard = (None if rank == "?" else int(rank), why)
             if beats:
                 self._store.set(f"alive/{self._own_rank}", repr(time.time()))
             if asked:

@@ -13,9 +13,9 @@ which says how long it is, and only the rest follows in a second; the capacity t
     +----------------+            +----------------+--------------+
      one broadcast                 first            second, once
 
-`publish` returns once the frame has left this rank, for its group's memory over Gloo, for its
-stream over NCCL. It does not wait for the others to take it: a rank that is gone is told of by
-this publish or by the next, one that hangs once what the group holds for it is full.
+Over Gloo `publish` returns once the ranks to which this one sends wait for the frame and have been
+sent it, over NCCL as soon as the broadcast stands in the current stream. A rank that is gone is
+told of by the publish that needs it or by the next one.
 
 A lost peer is found by its process having ended, which the ranks of its host see within a second
 and tell those of other hosts, see `obituaries`. A whole host that goes silent is found when the
@@ -115,7 +115,7 @@ class ProcessGroupChannel:
         meet = place if by_stream else torch.device("cpu")
         agreement = {"src": src, "frame version": VERSION}
         told = {"channel": secrets.randbits(16), "board": secrets.randbits(62)}
-        peers = Peers.exchange(group, meet, agreement, told)
+        peers = self._peers = Peers.exchange(group, meet, agreement, told)
         brought = peers.by_rank[src].told
         self._origin = make_origin(src, brought["channel"])
         self._board = None if peers.on_one_host else _open_board(brought["board"], peers)
@@ -252,9 +252,9 @@ class ProcessGroupChannel:
         self._error = error
         self._refuses = True
         if self._board is not None and self._board.heard is None:
-            if isinstance(error, PeerLost) and error.rank is not None:
+            if isinstance(error, PeerLost):
                 self._board.post(error.rank, error.details)
-            elif not isinstance(error, PeerLost):  # else others know better who it was
+            else:
                 self._board.post(dist.get_rank(), f"it gave up: {error!r}")
         self._part()
 
@@ -277,7 +277,7 @@ class ProcessGroupChannel:
             self._await(self._broadcast(capacity, total), deadline_ns, self._staging.sent)
         self._capacity.saw(total)
 
-    def _make_sure(self, gone: tuple[int, str] | None) -> None:
+    def _make_sure(self, gone: tuple[int | None, str] | None) -> None:
         """Nobody is known to be gone, and the memory of the frame before can be written."""
         try:
             if gone is not None:
@@ -369,7 +369,7 @@ class ProcessGroupChannel:
             late = self._timeout(text, self._lookout.describe())
             self._break(late)  # unlike a wait of ours that ends, this one cannot be resumed
             return late
-        return PeerLost(self._lookout.only_other(), text)
+        return PeerLost(self._lookout.only_suspect(), text)
 
     def _tell(
         self,

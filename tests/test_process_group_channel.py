@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import os
+import re
 import signal
 import time
 import weakref
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from test_frame import assert_arrived, block_message, mappings
+from torch.distributed import distributed_c10d as c10d
 
 import onecast.comm
 from onecast.comm import (
@@ -29,6 +31,7 @@ from onecast.comm import (
     ReceiveTimeout,
     UnsupportedTypeError,
     open_channel,
+    peers,
     staging,
 )
 from onecast.comm.ladder import SMALLEST, WINDOW, Capacity, rung
@@ -458,61 +461,145 @@ def test_the_probe_is_told_sequence_bytes_and_broadcasts_on_every_rank(healthy):
 # ---- what is told when something breaks: each in a world of its own
 
 
-def lose_the_source(rank: int) -> Any:
-    channel = ProcessGroupChannel(timeout_s=30)
-    if rank == 1:
-        return receive_until_lost(channel)
-    if rank == 0:
-        channel.publish({"a": 1})
-        os.kill(os.getpid(), signal.SIGKILL)
-    channel.receive()
-    return receive_until_lost(channel)
+def die() -> None:
+    """End as by a crash, and leave word of the moment."""
+    c10d._get_default_store().set("died", repr(time.monotonic()))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def receive_until_lost(channel: Any) -> tuple[int, str, float]:
-    start = time.monotonic()
+def lost_by(channel: ProcessGroupChannel) -> tuple[int | None, str, float]:
+    """Use the channel until a peer is lost: which, the text, and the seconds since it died."""
     with pytest.raises(PeerLost) as lost:
         while True:
-            channel.receive()
-    seconds = time.monotonic() - start
+            exchange(channel, {"a": 1})
+            if channel.is_source:
+                time.sleep(0.05)
+    now = time.monotonic()
     with pytest.raises(BrokenChannel, match="PeerLost"):
-        channel.receive()
+        exchange(channel, {"a": 1})
     channel.close()
-    return lost.value.rank, str(lost.value), seconds
+    died = float(c10d._get_default_store().get("died"))
+    return lost.value.rank, str(lost.value), now - died
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_killed_source_is_named_by_every_receiver(world_size):
-    with pytest.raises(RankFailed, match="SIGKILL") as failed:
-        run_ranks(lose_the_source, world_size)
-    assert sorted(failed.value.results) == list(range(1, world_size))
-    for rank, text, seconds in failed.value.results.values():
-        assert rank == 0
-        assert "rank 0 is lost" in text
-        assert seconds < 10
-
-
-def lose_a_receiver(rank: int) -> Any:
+def lose(rank: int, victim: int, hosts: list[int] | None) -> tuple[int | None, str, float]:
+    if hosts is not None:
+        peers._host_key = lambda: hosts[rank]
     channel = ProcessGroupChannel(timeout_s=30)
-    if rank == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 1:
-        return receive_until_lost(channel)
-    with pytest.raises(PeerLost) as lost:
-        for _ in range(200):
-            channel.publish({"a": 1})
-            time.sleep(0.05)
-    with pytest.raises(BrokenChannel):
-        channel.publish({"a": 1})
-    channel.close()
-    return lost.value.rank, str(lost.value), 0.0
+    for step in range(3):
+        assert exchange(channel, {"step": step}).mapping == {"step": step}
+    if rank == victim:
+        die()
+    return lost_by(channel)
 
 
-def test_a_killed_receiver_is_named_by_all_others():
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 0), (2, 1), (4, 0), (4, 3)])
+def test_a_killed_rank_is_named_by_all_others_within_a_second(world_size, victim):
     with pytest.raises(RankFailed, match="SIGKILL") as failed:
-        run_ranks(lose_a_receiver, 3)
-    results = failed.value.results
-    assert {rank: lost for rank, (lost, _, _) in results.items()} == {0: 2, 1: 2}
+        run_ranks(lose, world_size, victim, None)
+    assert sorted(failed.value.results) == [rank for rank in range(world_size) if rank != victim]
+    for rank, text, seconds in failed.value.results.values():
+        assert rank == victim
+        assert f"rank {victim} is lost: its process ended" in text
+        assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("hosts", "victim"),
+    [([0, 0, 1, 1], 3), ([0, 0, 1, 1], 0), ([0, 1, 1], 2), ([0, 0, 1], 1)],
+)
+def test_ranks_on_other_hosts_learn_who_was_killed_from_those_that_saw_it(hosts, victim):
+    with pytest.raises(RankFailed, match="SIGKILL") as failed:
+        run_ranks(lose, len(hosts), victim, hosts)
+    assert sorted(failed.value.results) == [rank for rank in range(len(hosts)) if rank != victim]
+    for rank, text, seconds in failed.value.results.values():
+        assert rank == victim
+        assert "its process ended" in text
+        assert seconds < 1.5
+
+
+def test_the_only_rank_of_another_host_is_named_by_its_lost_connection():
+    with pytest.raises(RankFailed, match="SIGKILL") as failed:
+        run_ranks(lose, 3, 2, [0, 0, 1])
+    assert {rank: lost for rank, (lost, _, _) in failed.value.results.items()} == {0: 2, 1: 2}
+
+
+def part_across_hosts(rank: int) -> None:
+    """Three channels between hosts: closed in order, given up, dropped."""
+    peers._host_key = lambda: rank
+    channel = ProcessGroupChannel(timeout_s=20)
+    exchange(channel, {"a": 1})
+    if rank == 0:
+        channel.close()
+    else:
+        with pytest.raises(Closed):
+            channel.receive()
+        channel.close()
+    assert channel._board is not None
+    time.sleep(0.5)
+    assert channel._board.heard is None
+
+    channel = ProcessGroupChannel(timeout_s=20)
+    if rank == 0:
+        channel.sequence = 5
+        channel.publish({"a": 1})
+        text = r"rank 1 is lost: it gave up: OutOfStep\(.*before frame 6"
+        with pytest.raises(PeerLost, match=text) as lost:
+            publish_until_raised(channel)
+        assert lost.value.rank == 1
+    else:
+        with pytest.raises(OutOfStep):
+            channel.receive()
+    dist.barrier()
+
+    channel = ProcessGroupChannel(timeout_s=20)
+    exchange(channel, {"a": 1})
+    if rank == 0:
+        del channel
+        gc.collect()
+    else:
+        with pytest.raises(PeerLost, match="rank 0 is lost: it left without closing the channel"):
+            channel.receive()
+
+
+def publish_until_raised(channel: ProcessGroupChannel) -> None:
+    """Look for bad news as a publish does, without a broadcast that nobody would take."""
+    deadline = time.monotonic() + 10
+    while channel._lookout.gone() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    channel._lookout._looked_ns = 0
+    channel.publish({"a": 1})
+
+
+def test_ranks_on_other_hosts_are_told_who_gave_up_or_left_without_closing():
+    run_ranks(part_across_hosts, 2)
+
+
+def silence_across_hosts(rank: int) -> str:
+    peers._host_key = lambda: rank
+    channel = ProcessGroupChannel(timeout_s=20)
+    gate = dist.new_group()
+    if rank == 0:
+        dist.barrier(gate)
+        channel.publish({"a": 1})
+        channel.close()
+        return ""
+    with pytest.raises(ReceiveTimeout) as late:
+        channel.receive(timeout_s=0.5)
+    dist.barrier(gate)
+    assert channel.receive().mapping == {"a": 1}
+    channel.close()
+    return str(late.value)
+
+
+def test_a_time_out_tells_when_ranks_on_other_hosts_were_last_alive():
+    _, text = run_ranks(silence_across_hosts, 2)
+    assert re.fullmatch(
+        r"waited 0\.\d+ s in vain for frame 0 from rank 0 "
+        r"\(rank 0: on another host, last alive \d+\.\d s ago\)",
+        text,
+    )
 
 
 def time_out(rank: int) -> None:
@@ -557,23 +644,155 @@ def disturb(rank: int) -> str:
     return "told"
 
 
-def fall_out_of_step(rank: int) -> str:
+def fall_out_of_step(rank: int) -> list[tuple[str, int, int, int, bool]]:
+    """What receivers say of frames that were not due; the group itself stays in step."""
+    said = []
+    for change in [5, 1, -1, -2]:
+        channel = ProcessGroupChannel(timeout_s=20)
+        for _ in range(3):
+            exchange(channel, {"a": 1})
+        if rank == 0:
+            channel.sequence += change
+            channel.publish({"a": 1})
+        else:
+            said.append(out_of_step(channel))
+    ours, foreign = ProcessGroupChannel(timeout_s=20), ProcessGroupChannel(timeout_s=20)
+    if rank == 0:
+        foreign.publish({"a": 1})
+    else:
+        said.append(out_of_step(ours))
+    dist.barrier()
+    return said
+
+
+def out_of_step(channel: ProcessGroupChannel) -> tuple[str, int, int, int, bool]:
+    with pytest.raises(OutOfStep) as error:
+        channel.receive()
+    with pytest.raises(BrokenChannel, match="OutOfStep"):
+        channel.receive()
+    channel.close()
+    found = error.value
+    numbers = re.findall(r"channel (\d+)", str(found))
+    return str(found), found.expected, found.received, found.sender, numbers[0] == numbers[1]
+
+
+def test_missing_repeated_reordered_and_foreign_frames_are_told_by_name():
+    said = run_ranks(fall_out_of_step, 2)[1]
+    numbers = [(expected, received, sender) for _, expected, received, sender, _ in said]
+    assert numbers == [(3, 8, 0), (3, 4, 0), (3, 2, 0), (3, 1, 0), (0, 0, 0)]
+    assert [same for *_, same in said] == [True, True, True, True, False]
+    assert re.fullmatch(
+        r"out of step: frame 3 of channel \d+ from rank 0 was due, "
+        r"frame 8 \(layout 0\) of channel \d+ from rank 0 arrived",
+        said[0][0],
+    )
+
+
+def cut_frames(rank: int) -> None:
+    """Frames whose end the source has lost: of the metadata, and all but a part of the header."""
+    for kept in (40, 10):
+        channel = ProcessGroupChannel(timeout_s=20)
+        exchange(channel, {"a": 1, "b": "x" * 100})
+        if rank == 0:
+            staging, wire = channel._staging, channel._staging.wire
+
+            def cut(begin: int, end: int) -> torch.Tensor:
+                staging.region.tensor[kept:].zero_()  # noqa: B023
+                return wire(begin, end)  # noqa: B023
+
+            staging.wire = cut  # type: ignore[method-assign]
+            channel.publish({"a": 1, "b": "x" * 100})
+        else:
+            with pytest.raises(FrameError, match=r"checksum|lengths"):
+                channel.receive()
+            with pytest.raises(BrokenChannel):
+                channel.receive()
+
+
+def test_a_truncated_frame_is_refused():
+    run_ranks(cut_frames, 2)
+
+
+def test_a_receiver_out_of_step_is_told_so_and_refuses_further_use():
+    assert run_ranks(disturb, 2) == ["", "told"]
+
+
+def stop_the_receiver(rank: int) -> str:
+    pids: list[Any] = [None, None]
+    dist.all_gather_object(pids, os.getpid())
+    channel = ProcessGroupChannel(timeout_s=0.6)
+    exchange(channel, {"a": 1})
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)  # until rank 0 has had enough of waiting
+        assert channel.receive(timeout_s=20).mapping == {"a": 2}
+        with pytest.raises(ReceiveTimeout, match=f"rank 0: process {pids[0]} is "):
+            channel.receive(timeout_s=0.1)
+        return ""
+    while "stopped" not in channel._peers.describe(1):
+        time.sleep(0.01)
+    start = time.monotonic()
+    with pytest.raises(PublishTimeout) as late:
+        channel.publish({"a": 2})
+    assert isinstance(late.value, TimeoutError)
+    assert 0.6 <= time.monotonic() - start < 2
+    with pytest.raises(BrokenChannel, match="PublishTimeout"):
+        channel.publish({"a": 3})
+    os.kill(pids[1], signal.SIGCONT)
+    return str(late.value).replace(str(pids[1]), "PID")
+
+
+def test_a_publish_that_nobody_takes_names_the_frame_and_the_state_of_every_rank():
+    text, _ = run_ranks(stop_the_receiver, 2)
+    assert re.fullmatch(
+        r"waited 0\.\d+ s in vain for the other ranks to take frame 1; a broadcast is under way, "
+        r"so the channel cannot be used any more \(rank 1: process PID is stopped\)",
+        text,
+    )
+
+
+def spin_and_sleep(rank: int) -> None:
+    for spin in (0, 0.5, 1):
+        channel = ProcessGroupChannel(timeout_s=20, spin=spin)
+        for step in range(20):
+            if rank == 0:
+                time.sleep(0.003 * (step % 3))
+            assert exchange(channel, {"step": step}).mapping == {"step": step}
+        channel.close()
+    with pytest.raises(ValueError, match="spin is 2"):
+        ProcessGroupChannel(spin=2)
+
+
+def test_frames_arrive_whether_ranks_spin_or_sleep():
+    run_ranks(spin_and_sleep, 2)
+
+
+def idle(rank: int) -> float:
     channel = ProcessGroupChannel(timeout_s=20)
     exchange(channel, {"a": 1})
+    start = time.thread_time()
     if rank == 0:
-        channel.sequence += 5
-        channel.publish({"a": 1})
-        return ""
-    with pytest.raises(OutOfStep, match=r"frame 1 of channel \d+ from rank 0 was due, frame 6"):
-        channel.receive()
-    with pytest.raises(BrokenChannel):
-        channel.receive()
-    return "told"
+        time.sleep(2)
+    exchange(channel, {"a": 1})
+    return (time.thread_time() - start) / 2
 
 
-@pytest.mark.parametrize("trouble", [disturb, fall_out_of_step])
-def test_a_receiver_out_of_step_is_told_so_and_refuses_further_use(trouble):
-    assert run_ranks(trouble, 2) == ["", "told"]
+def test_an_idle_receiver_takes_less_than_a_hundredth_of_a_core():
+    assert run_ranks(idle, 2)[1] < 0.01
+
+
+def count_descriptors(rank: int) -> list[int]:
+    counts = []
+    for _ in range(3):
+        channel = ProcessGroupChannel(timeout_s=20)
+        exchange(channel, {"a": 1})
+        channel.close()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return counts
+
+
+def test_a_closed_channel_keeps_no_descriptor():
+    for counts in run_ranks(count_descriptors, 2):
+        assert counts[1:] == counts[:-1]
 
 
 def exchange_on_gpu(rank: int, backend: str) -> None:
