@@ -45,6 +45,7 @@ _READERS, _LINE = 512, 8
 TAKEN, BEAT = range(2)  # of a reader, in its line
 
 NEVER = LEFT = (1 << 64) - 1  # a base not reached yet; what a reader that closed has taken
+UNNAMED = 1 << 63  # in the place of a lost rank that nobody can name
 
 
 class Control:

@@ -20,6 +20,7 @@ from .frame_ring import (
     SLOT_BYTES,
     SLOTS,
     TAKEN,
+    UNNAMED,
     WRITER_BEAT,
     WRITER_WAITS,
     Control,
@@ -39,7 +40,8 @@ _SLICE_NS = 200_000_000  # the longest wait between two looks at the peers
 
 
 class RingReader:
-    """Waits, gives back, leaves. `writer` is the global rank of the ring's writer.
+    """Waits, gives back, leaves. `writer` is the global rank of the ring's writer, `source` that
+    of whom its frames come from, if not from itself.
 
     `peers` are watched while a frame is awaited: a dead one is PeerLost.
     """
@@ -52,12 +54,14 @@ class RingReader:
         peers: Peers,
         spin: float,
         watcher: RingWatcher | None = None,
+        source: int | None = None,
     ) -> None:
         """`readers`: the global ranks in the order of their lines, this one among them."""
         self.position = 0
         self._segment = segment
         self._readers = list(readers)
         self._writer = writer
+        self._source = writer if source is None else source
         self._peers = peers
         self._cadence = Cadence(spin)
         self._watcher = watcher
@@ -187,15 +191,17 @@ class RingReader:
             self._fence()  # Fence: why it ended is read after the end was seen
         lost = self._words[LOST]
         if lost:
-            raise PeerLost(lost - 1, f"rank {self._writer} says so")
-        raise Closed(f"rank {self._writer} closed the channel after {self.position} frames")
+            named = None if lost == UNNAMED else lost - 1
+            raise PeerLost(named, f"rank {self._writer} says so")
+        raise Closed(f"rank {self._source} closed the channel after {self.position} frames")
 
     def _describe_wait(self, start_ns: int, now_ns: int) -> str:
         beat_ns = self._words[WRITER_BEAT]
         age = f"{(now_ns - beat_ns) / 1e9:.1f} s ago" if beat_ns else "never"
+        via = f" by way of rank {self._writer}" if self._writer != self._source else ""
         return (
             f"waited {(now_ns - start_ns) / 1e9:.1f} s in vain for frame {self.position} from "
-            f"rank {self._writer}: its last sign of life here was {age}, "
+            f"rank {self._source}{via}: its last sign of life here was {age}, "
             f"its {self._peers.describe(self._writer)}"
         )
 

@@ -23,6 +23,7 @@ from .frame_ring import (
     SLOT_BYTES,
     SLOTS,
     TAKEN,
+    UNNAMED,
     WRITER_BEAT,
     WRITER_WAITS,
     Control,
@@ -122,9 +123,9 @@ class RingWriter:
         self._words[PUBLISHED] = self.position << 1 | 1
         self._wake_readers()
 
-    def abandon(self, lost: int) -> None:
-        """Tell the readers that global rank `lost` is gone, and close."""
-        self._words[LOST] = lost + 1
+    def abandon(self, lost: int | None) -> None:
+        """Tell the readers that global rank `lost`, or one that nobody can name, is gone; close."""
+        self._words[LOST] = UNNAMED if lost is None else lost + 1
         if self._weak:
             self._fence()  # Fence: why it ends is visible before the end
         self.close()

@@ -12,7 +12,7 @@ that closes lets all receivers read what it published.
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,10 +33,42 @@ from .staging import frame_device
 from .waiting import DEFAULT_SPIN
 
 
+class Outlet(Protocol):
+    """What a source writes its frames to."""
+
+    def reserve(self, nbytes: int) -> Region:
+        """Memory for the next frame."""
+
+    def publish(self) -> None:
+        """What was written there is the next frame."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+    def abandon(self, lost: int | None) -> None:
+        """There are no more, as this rank is lost."""
+
+
+class Inlet(Protocol):
+    """What a receiver reads them from."""
+
+    def next(self, timeout_s: float) -> Region:
+        """Where the next frame lies; the same until `release`."""
+
+    def release(self) -> None:
+        """It was read."""
+
+    def leave(self) -> None:
+        """No more are read."""
+
+
 class SharedMemoryChannel(Endpoint):
     """See `Channel`. Opening is a collective call; `spin` is what `Cadence` takes."""
 
     name = "shared-memory"
+    _peers_type: ClassVar[type[Peers]] = Peers
+    _writer: Outlet
+    _reader: Inlet
 
     def __init__(
         self,
@@ -51,25 +83,29 @@ class SharedMemoryChannel(Endpoint):
     ) -> None:
         super().__init__(group, src, probe, timeout_s, poison)
         place = frame_device(self._group, device)
-        ranks = dist.get_process_group_ranks(self._group)
-        readers = [rank for rank in ranks if rank != src]
         agreement = {"src": src, "frame version": VERSION}
-        told = {"channel": secrets.randbits(16)}
-        peers = Peers.exchange(self._group, meeting_place(self._group), agreement, told)
+        told = {"channel": secrets.randbits(62)}
+        meet = meeting_place(self._group)
+        peers = self._peers = self._peers_type.exchange(self._group, meet, agreement, told)
+        self._origin = make_origin(src, peers.by_rank[src].told["channel"])
+        self._mirror = make_mirror(place, poison)
+        self._unread: Region | None = None  # a released slot that is still being copied
+        self._encoder = Encoder()
+        self._decoder = Decoder()
+        self._connect(spin)
+
+    def _connect(self, spin: float) -> None:
+        """Come to share a ring; raises CannotShare, on all ranks."""
+        peers = self._peers
         if not peers.on_one_host:
             hosts = {rank: peer.host for rank, peer in peers.by_rank.items()}
             raise CannotShare(f"the ranks are on different hosts: {hosts}")
-        segment = share_segment(self._group, peers, src, len(readers))
-        self._peers = peers
-        self._origin = make_origin(src, peers.by_rank[src].told["channel"])
-        mirror = self._mirror = make_mirror(place, poison)
-        self._unread: Region | None = None  # a released slot that is still being copied
+        readers = [rank for rank in peers.ranks if rank != self.src]
+        segment = share_segment(self._group, peers, self.src, len(readers))
         if self.is_source:
-            self._encoder = Encoder()
-            self._writer = RingWriter(segment, readers, peers, timeout_s, mirror)
+            self._writer = RingWriter(segment, readers, peers, self._timeout_s, self._mirror)
         else:
-            self._decoder = Decoder()
-            self._reader = RingReader(segment, readers, src, peers, spin, mirror)
+            self._reader = RingReader(segment, readers, self.src, peers, spin, self._mirror)
 
     def publish(self, mapping: Mapping[Any, Any]) -> Frame:
         if self._refuses or not self.is_source:

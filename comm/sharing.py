@@ -39,19 +39,24 @@ def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_reade
             segment = Segment.attach(peers.by_rank[writer].pid, fd, key)
         except (OSError, CannotShare) as error:
             reason = f"cannot open the memory of rank {writer}: {error}"
-    text = (reason or "").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-    reasons = _gather(group, torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    failed = [
-        f"rank {rank}: {bytes(row.tolist()).rstrip(bytes(1)).decode(errors='replace')}"
-        for rank, row in zip(peers.ranks, reasons, strict=True)
-        if row.any()
-    ]
+    failed = gather_reasons(group, peers, reason)
     if failed:
         if segment is not None:
             segment.close()
         raise CannotShare("the ranks cannot share memory: " + "; ".join(failed))
     assert segment is not None
     return segment
+
+
+def gather_reasons(group: dist.ProcessGroup, peers: Peers, reason: str | None) -> list[str]:
+    """Which ranks cannot go on, and why; every rank of the group must call this."""
+    text = (reason or "").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    reasons = _gather(group, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    return [
+        f"rank {rank}: {bytes(row.tolist()).rstrip(bytes(1)).decode(errors='replace')}"
+        for rank, row in zip(peers.ranks, reasons, strict=True)
+        if row.any()
+    ]
 
 
 def _gather(group: dist.ProcessGroup, own: torch.Tensor) -> list[torch.Tensor]:
