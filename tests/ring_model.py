@@ -1,22 +1,23 @@
 """The protocol of the frame ring, small enough to look at every interleaving of it.
 
 Each segment below stands for the function of `onecast.comm.ring_writer` or `ring_reader` named in
-its docstring, and makes the same accesses in the same order; left out is what no other process
-sees, and the signs of life. A frame is two words that both hold its position + 1, so that a torn,
-a stale and an erased frame all show. Of a ring's line in the table, offset, slot bytes and slots
-are one word, the ring's number. Spinning is no step of its own: it is a reader that looks late.
+its docstring, and makes the same accesses in the same order (`test_ring_trace` holds the code to
+it); left out are the signs of life and what no other process sees. A frame is two words that both
+hold its position + 1, so that a torn, a stale and an erased frame all show. Of a ring's line in the
+table, offset, slot bytes and slots are one word, the ring's number. Spinning is no step of its own:
+it is a reader that looks late. Counters do not wrap here, and the writer looks at one sleeper after
+the other instead of at eight at once.
 
     published << 1 | closed   readers sleep on it      taken by reader i   the writer sleeps on it
     writer waits   lost       sleeper i                rings 0...: their slots, of two words each
 
-`without` names what to leave out or to do otherwise: with each, the search must find what
-the step is there for.
+`without` names steps to leave out, or to do otherwise: the search then finds what they are for.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from state_search import (
+from weak_machine import (
     ANYTHING,
     TSO,
     Action,
@@ -430,6 +431,8 @@ class RingModel:
                 raise Broken(f"{name} is told of an orderly end, but there was a death")
             elif outcome.startswith("lost") and dead is None:
                 raise Broken(f"{name} {outcome}, but nobody died")
+            elif outcome.startswith("lost") and not outcome.startswith(f"lost {dead}"):
+                raise Broken(f"{name} {outcome}, but it was {dead} that died")
             elif outcome.startswith("lost") and dead == WRITER:
                 if index != WRITER and outcome != f"lost 0 at {published}":
                     raise Broken(f"{name} {outcome}, but {published} frames were published")

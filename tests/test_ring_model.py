@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from ring_model import RingModel, World
-from state_search import (
+from state_search import Verdict, check
+from weak_machine import (
     TSO,
     WEAK,
     End,
@@ -22,7 +23,6 @@ from state_search import (
     State,
     Store,
     Use,
-    Verdict,
 )
 
 from onecast.comm import ring_reader, ring_writer, shared_memory
@@ -100,7 +100,7 @@ NEVER_NEEDED = {
 
 
 def search(world: World, model: str, *without: str) -> Verdict:
-    verdict = RingModel(world, model, frozenset(without)).machine().check()
+    verdict = check(RingModel(world, model, frozenset(without)).machine())
     print(f"{model} {world} without {without or 'nothing'}: {verdict}")
     return verdict
 
@@ -215,7 +215,7 @@ def litmus(model: str, *programs: Sequence[Any]) -> set[tuple[str, ...]]:
 
     starts = [(run, tuple(program)) for program in programs]
     names = [f"process {i}" for i in range(len(programs))]
-    verdict = Machine(model, ["x", "y"], (0, 0), names, starts, accept).check()
+    verdict = check(Machine(model, ["x", "y"], (0, 0), names, starts, accept))
     assert verdict.broken is None
     return verdict.outcomes
 
@@ -276,7 +276,7 @@ def test_a_late_load_waits_for_no_store_but_for_a_release() -> None:
 
         starts = [(first,), (second,)]
         machine = Machine(model, ["x", "y"], (0, 0), ["a", "b"], starts, lambda *_: None)
-        return machine.check().broken is not None
+        return check(machine).broken is not None
 
     assert breaks(WEAK)
     assert not breaks(WEAK, Fence("release"))

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 from ring_model import LEFT, RingModel, World
-from state_search import End, Fence, Gone, Load, Sleep, Use
+from weak_machine import End, Fence, Gone, Load, Sleep, Use
 
 from onecast.comm import Closed, PeerLost
 from onecast.comm.frame_ring import (
