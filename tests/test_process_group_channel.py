@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -37,6 +38,7 @@ from onecast.comm import (
 from onecast.comm.ladder import SMALLEST, WINDOW, Capacity, rung
 from onecast.comm.region import POISON
 from onecast.comm.testing import RankFailed, run_ranks
+from onecast.telemetry.intercept import CollectiveInstrumentor
 
 WORLD = 4
 DRAWN = b""  # in a rank: what `draw_mappings` gave
@@ -73,7 +75,9 @@ def draw_mappings() -> bytes:
     def draw(mapping: Any) -> None:
         drawn.append(mapping)
 
-    draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ComplexHalf support is experimental")
+        draw()
     buffer = io.BytesIO()
     torch.save(drawn, buffer)
     return buffer.getvalue()
@@ -780,6 +784,44 @@ def test_an_idle_receiver_takes_less_than_a_hundredth_of_a_core():
     assert run_ranks(idle, 2)[1] < 0.01
 
 
+class Timer:
+    """Keeps how operations ended, as whoever records them at their waits sees it."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def begin(self, meta: int, sequence: int, nbytes: int) -> int:
+        return 0
+
+    def end(self, ticket: int, status: int = 0) -> None:
+        self.ended.append("ended" if status == 0 else "not waited for")
+
+    def fail(self, ticket: int, error: BaseException) -> None:
+        self.ended.append(repr(error))
+
+    def intern(self, name: str) -> int:
+        return 0
+
+    def set_coverage(self, group: int, unrecorded: int) -> None: ...
+
+
+def sleep_under_observation(rank: int) -> list[str]:
+    channel = ProcessGroupChannel(timeout_s=20)
+    timer, instrumentor = Timer(), CollectiveInstrumentor()
+    instrumentor.instrument(timer)
+    for step in range(30):
+        if rank == 0:
+            time.sleep(0.8 if step == 29 else 0.01)
+        exchange(channel, {"step": step})
+    instrumentor.uninstrument()
+    channel.close()
+    return timer.ended
+
+
+def test_waiting_in_slices_leaves_every_broadcast_ended_once_and_well():
+    assert run_ranks(sleep_under_observation, 2) == [["ended"] * 30] * 2
+
+
 def count_descriptors(rank: int) -> list[int]:
     counts = []
     for _ in range(3):
@@ -810,6 +852,48 @@ def exchange_on_gpu(rank: int, backend: str) -> None:
                 addresses.add(got["copy"].data_ptr())
     assert len(addresses) == 1
     channel.close()
+
+
+def change_streams_on_gpu(rank: int) -> None:
+    """Every step on a stream of its own, behind a long kernel of the step before."""
+    channel = ProcessGroupChannel(device="cuda", timeout_s=30)
+    sums = []
+    for step in range(6):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got = exchange(channel, {"ids": torch.full((100_000,), step)}).mapping["ids"]
+            torch.cuda._sleep(20_000_000)
+            sums.append(got.sum())
+    torch.cuda.synchronize()
+    assert [int(one) for one in sums] == [step * 100_000 for step in range(6)]
+    channel.close()
+
+
+@pytest.mark.cuda
+def test_a_frame_is_not_overwritten_while_the_stream_before_still_reads_it():
+    if torch.cuda.device_count() < 1:
+        pytest.skip("needs a GPU")
+    run_ranks(change_streams_on_gpu, 2)
+
+
+def lose_on_gpu(rank: int) -> tuple[int | None, str, float]:
+    torch.cuda.set_device(rank)
+    channel = ProcessGroupChannel(timeout_s=30)
+    for step in range(3):
+        exchange(channel, {"step": step})
+    if rank == 1:
+        die()
+    return lost_by(channel)
+
+
+@pytest.mark.cuda
+def test_a_killed_rank_is_named_while_the_gpu_waits_for_it():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with pytest.raises(RankFailed, match="SIGKILL") as failed:
+        run_ranks(lose_on_gpu, 2, backend="nccl")
+    rank, _, seconds = failed.value.results[0]
+    assert rank == 1
+    assert seconds < 2
 
 
 @pytest.mark.cuda
