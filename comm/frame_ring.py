@@ -12,7 +12,7 @@ number and position differ by nothing but the error that made a channel refuse.
     | line 3-7   sleepers: a byte per reader                                 |  readers, to sleep
     | line 8-39  table of rings: base, offset, bytes per slot, slots         |  writer, to resize
     +------------------------------------------------------------------------+
-    | line 64 + i   taken by reader i         its last sign of life          |  reader i
+    | line 64 + i   taken by reader i   its last sign of life   whom it lost |  reader i
     +------------------------------------------------------------------------+
     ring 0: slots, one frame each, from its header on
     ring 1: ...
@@ -42,7 +42,7 @@ SLEEPERS, MAX_READERS = 24, 320
 _TABLE, NUM_RINGS, _ENTRY = 64, 32, 8
 BASE, OFFSET, SLOT_BYTES, SLOTS = range(4)  # of a ring, in its line
 _READERS, _LINE = 512, 8
-TAKEN, BEAT = range(2)  # of a reader, in its line
+TAKEN, BEAT, BLAMED = range(3)  # of a reader, in its line; the last is a rank + 1
 
 NEVER = LEFT = (1 << 64) - 1  # a base not reached yet; what a reader that closed has taken
 UNNAMED = 1 << 63  # in the place of a lost rank that nobody can name
@@ -57,6 +57,15 @@ class Control:
         self.bytes = memoryview(self.memory)
         self.published = Futex(self.memory, PUBLISHED * 8)
         self.takens = [reader_line(index) + TAKEN for index in range(num_readers)]
+
+    def has_left(self, index: int) -> bool:
+        """Whether reader `index` has closed."""
+        return self.words[self.takens[index]] == LEFT
+
+    def blame(self, index: int) -> int | None:
+        """The rank whose loss made reader `index` give up; its own end is only what follows."""
+        blamed = self.words[reader_line(index) + BLAMED]
+        return blamed - 1 if blamed else None
 
     def taken(self, index: int) -> Futex:
         """The word by which reader `index` wakes the writer."""

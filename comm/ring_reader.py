@@ -12,6 +12,7 @@ from .errors import Closed, PeerLost, ReceiveTimeout
 from .frame_ring import (
     BASE,
     BEAT,
+    BLAMED,
     LEFT,
     LOST,
     OFFSET,
@@ -75,6 +76,7 @@ class RingReader:
         index = self._readers.index(peers.own.rank)
         self._taken = reader_line(index) + TAKEN
         self._beat = reader_line(index) + BEAT
+        self._blamed = reader_line(index) + BLAMED
         self._sleeper = SLEEPERS * 8 + index
         self._wakes_writer = self._control.taken(index)
         self._ring: Ring
@@ -176,14 +178,16 @@ class RingReader:
             # What the dead has published or told before its end is visible by now.
             if self._words[PUBLISHED] != idle:
                 return
-            if rank in self._readers and self._has_left(self._readers.index(rank)):
+            index = self._readers.index(rank) if rank in self._readers else None
+            if index is not None and self._control.has_left(index):
                 self._peers.excuse(rank)
                 continue
+            lost = self._control.blame(index) if index is not None else None
+            if lost is None:
+                lost = rank
+            self._words[self._blamed] = lost + 1
             text = f"its process ended while this rank waited for frame {self.position}"
-            raise PeerLost(rank, text)
-
-    def _has_left(self, index: int) -> bool:
-        return self._words[reader_line(index) + TAKEN] == LEFT
+            raise PeerLost(lost, text)
 
     def _end(self) -> None:
         """Raise what the writer closed with."""
@@ -192,6 +196,8 @@ class RingReader:
         lost = self._words[LOST]
         if lost:
             named = None if lost == UNNAMED else lost - 1
+            if named is not None:
+                self._words[self._blamed] = lost
             raise PeerLost(named, f"rank {self._writer} says so")
         raise Closed(f"rank {self._source} closed the channel after {self.position} frames")
 

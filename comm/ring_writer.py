@@ -143,7 +143,8 @@ class RingWriter:
     def _make_room(self) -> None:
         """Wait until the slot of the next position is free."""
         ring = self._ring
-        slowest = self._await_taken(max(self.position - ring.slots, ring.base - 1) + 1)
+        used = self.position - ring.slots  # what the slot held before, if this ring had begun
+        slowest = self._await_taken(used + 1 if used >= ring.base else 0)
         self._room_until = max(slowest, ring.base) + ring.slots
         if self._weak:
             self._fence()  # Fence: the readers' loads are over before the slot is written anew
@@ -174,7 +175,8 @@ class RingWriter:
             words[WRITER_WAITS] = 1
             self._fence()  # Fence: a reader sees that the writer waits, or this sees what it took
             if words[takens[index]] == slowest:
-                self._takens[index].wait(slowest, _SLICE_NS)
+                left_ns = start_ns + int(self._timeout_s * 1e9) - now_ns
+                self._takens[index].wait(slowest, min(max(left_ns, 0), _SLICE_NS))
             words[WRITER_WAITS] = 0
 
     def _look(self, now_ns: int) -> None:
@@ -182,8 +184,11 @@ class RingWriter:
         self._looked_ns = now_ns
         words, takens = self._words, self._control.takens
         while (rank := self._peers.gone()) is not None:
-            if rank not in self._readers or words[takens[self._readers.index(rank)]] != LEFT:
-                raise PeerLost(rank, f"its process ended before it took frame {self.position}")
+            index = self._readers.index(rank) if rank in self._readers else None
+            if index is None or not self._control.has_left(index):
+                lost = self._control.blame(index) if index is not None else None
+                text = f"its process ended before all had taken frame {self.position}"
+                raise PeerLost(rank if lost is None else lost, text)
             self._peers.excuse(rank)
         if self._readers and all([words[word] == LEFT for word in takens]):
             raise Closed(f"all receivers have closed the channel: ranks {self._readers}")

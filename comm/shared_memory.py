@@ -196,6 +196,8 @@ class SharedMemoryChannel(Endpoint):
             self._reader.leave()
         elif self._error is None:
             self._writer.close()
+        elif not isinstance(self._error, PeerLost):  # of that the readers were told
+            self._writer.abandon(self.src)
         self._peers.close()
 
     def _end(self, error: BaseException) -> None:
