@@ -96,8 +96,8 @@ class RingReader:
             self._await(timeout_s)
         if self._weak:
             self._fence()  # Fence: what is read of the frame is read after it was published
-        while self.position >= words[self._next_base]:
-            self._follow(self._generation + 1)
+        if self.position >= words[self._next_base]:
+            self._follow()
         ring = self._ring
         return ring.regions[(self.position - ring.base) % ring.slots]
 
@@ -211,14 +211,19 @@ class RingReader:
             f"its {self._peers.describe(self._writer)}"
         )
 
-    def _follow(self, generation: int) -> None:
-        """Go on in this ring."""
-        entry = table_entry(generation)
+    def _follow(self) -> None:
+        """Go on in the ring that has the position."""
         words = self._words
-        self._generation = generation
+        generation = self._generation + 1
+        # Past rings that were outgrown before their first frame: to map one would take its memory,
+        # which the writer may have given back already, anew and for good.
+        while self.position >= words[table_entry(generation + 1) + BASE]:
+            generation += 1
+        entry = table_entry(generation)
         self._next_base = table_entry(generation + 1) + BASE
-        if self._watcher is not None and generation > 0:
+        if self._watcher is not None and self._generation >= 0:
             self._watcher.unlock(self._ring)
+        self._generation = generation
         self._ring = Ring(
             self._segment,
             words[entry + BASE],

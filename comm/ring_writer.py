@@ -81,7 +81,7 @@ class RingWriter:
         self._room_until = 0  # a position; before it there is room for certain
         self._largest = self._frames = 0  # of the window
         self._looked_ns = 0
-        self._resize(FIRST_SLOT_BYTES)
+        self._begin_ring(control_bytes(len(readers)), FIRST_SLOT_BYTES, _SLOTS)
 
     @property
     def slot_bytes(self) -> int:
@@ -98,12 +98,12 @@ class RingWriter:
         self._words[WRITER_BEAT] = now_ns
         if now_ns - self._looked_ns > _LOOK_NS:
             self._look(now_ns)
-        if self._frames >= _WINDOW:
+        if nbytes > self._largest:
+            self._largest = nbytes
+        if self._frames >= _WINDOW:  # after that: slots that this frame needs stay
             self._end_window()
         if nbytes > self._ring.slot_bytes:
             self._resize(nbytes)
-        if nbytes > self._largest:
-            self._largest = nbytes
         if self.position >= self._room_until:
             self._make_room()
         ring = self._ring
@@ -225,7 +225,11 @@ class RingWriter:
         number = len(self._bases)
         if number >= NUM_RINGS - 1:  # the line after this one: nobody may look there any more
             self._await_taken(self._bases[number - NUM_RINGS + 1] + 1)
-        offset = self._segment.extend(slot_bytes * slots)
+        self._begin_ring(self._segment.extend(slot_bytes * slots), slot_bytes, slots)
+
+    def _begin_ring(self, offset: int, slot_bytes: int, slots: int) -> None:
+        """Go on in a ring that lies there, from the next position on."""
+        number = len(self._bases)
         self._ring = Ring(self._segment, self.position, offset, slot_bytes, slots)
         self._rings.append(self._ring)
         if self._watcher is not None:
@@ -243,10 +247,11 @@ class RingWriter:
 
 
 def make_ring_segment(num_readers: int) -> Segment:
-    """A segment with a control page and nothing else; raises CannotShare."""
+    """A segment with a control page and room for the first ring; raises CannotShare."""
     if num_readers > MAX_READERS:
         raise ValueError(f"{num_readers} readers share one host; a ring has {MAX_READERS} at most")
-    return Segment.create(control_bytes(num_readers))
+    # The ring's memory too: later on the writer alone would learn that it cannot be had.
+    return Segment.create(control_bytes(num_readers) + FIRST_SLOT_BYTES * _SLOTS)
 
 
 def _slot_bytes(nbytes: int) -> int:
