@@ -17,6 +17,7 @@ from .probe import Probe
 from .process_group import ProcessGroupChannel
 from .shared_memory import SharedMemoryChannel
 from .tensor_dict import broadcast_tensor_dict
+from .two_level import TwoLevelChannel
 
 __all__ = [
     "BrokenChannel",
@@ -33,6 +34,7 @@ __all__ = [
     "PublishTimeout",
     "ReceiveTimeout",
     "SharedMemoryChannel",
+    "TwoLevelChannel",
     "UnsupportedTypeError",
     "broadcast_tensor_dict",
     "open_channel",

@@ -24,7 +24,7 @@ from .waiting import DEFAULT_SPIN
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 300.0
-TRANSPORTS = ("auto", "shared-memory", "process-group")
+TRANSPORTS = ("auto", "shared-memory", "two-level", "process-group")
 
 
 class Frame:
@@ -130,17 +130,26 @@ def open_channel(
     that a view kept too long shows. `spin` is the share of a core (0 to 1) that waiting for frames
     may take: 0 always sleeps, 1 always spins, see `waiting.Cadence`.
 
-    "auto" takes shared memory where all ranks are on one host, and else the process group.
+    "auto" takes shared memory where all ranks are on one host, two levels where some are, and the
+    process group where each is on its own, or where memory cannot be shared.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport is {transport!r}; there are: {', '.join(TRANSPORTS)}")
     # Here: the implementations import this module.
+    from .endpoint import check_group
     from .process_group import ProcessGroupChannel
     from .shared_memory import SharedMemoryChannel
+    from .two_level import TwoLevelChannel
 
-    if transport in ("auto", "shared-memory"):
+    kinds: dict[str, Callable[..., Channel]] = {
+        "shared-memory": SharedMemoryChannel,
+        "two-level": TwoLevelChannel,
+        "process-group": ProcessGroupChannel,
+    }
+    kind = transport if transport != "auto" else _suitable_transport(check_group(group, src))
+    while True:
         try:
-            return SharedMemoryChannel(
+            return kinds[kind](
                 group,
                 src=src,
                 device=device,
@@ -152,7 +161,18 @@ def open_channel(
         except CannotShare as error:
             if transport != "auto":
                 raise
-            log.info("no shared memory, the process group carries the frames: %s", error)
-    return ProcessGroupChannel(
-        group, src=src, device=device, probe=probe, timeout_s=timeout_s, poison=poison
-    )
+            log.info("%s cannot be, the process group carries the frames: %s", kind, error)
+            kind = "process-group"
+
+
+def _suitable_transport(group: dist.ProcessGroup) -> str:
+    """What suits where the ranks are; a collective call."""
+    from .endpoint import meeting_place
+    from .peers import Peers
+
+    peers = Peers.exchange(group, meeting_place(group), {})
+    peers.close()
+    if peers.on_one_host:
+        return "shared-memory"
+    hosts = {peer.host for peer in peers.by_rank.values()}
+    return "two-level" if len(hosts) < len(peers.ranks) else "process-group"
