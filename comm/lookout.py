@@ -19,10 +19,7 @@ _LATELY_NS = 100_000_000  # between two looks of a source that never has to wait
 _GRACE_NS = 250_000_000  # for what a rank had sent before it ended to arrive
 _SETTLE_S = 1.0  # for a rank's end to be known after a connection to it was lost
 _TURNS = 8  # of spinning between two looks at the clock
-# So many turns take some microseconds, unless the core went to somebody else meanwhile: a thread
-# that sleeps is given it back sooner than one that spins. After that some waits are slept through.
-_CROWDED_NS = 100_000
-_CROWDED_WAITS = 32
+_CENSUS_NS = 20_000_000  # between two looks at how many threads want a core
 
 _clock = time.monotonic_ns
 _yield = os.sched_yield  # the thread that receives may have been put on this very core
@@ -31,13 +28,21 @@ _yield = os.sched_yield  # the thread that receives may have been put on this ve
 class Lookout:
     """One rank's waits, and what it knows of the others."""
 
-    def __init__(self, peers: Peers, board: Obituaries | None, spin: float) -> None:
+    def __init__(
+        self, peers: Peers, board: Obituaries | None, spin: float, sends: bool = False
+    ) -> None:
+        """`sends`: waits are for what the group's threads do on this host, not for other ranks.
+
+        Such a wait is slept through: to spin would keep a core from the very thread that works.
+        """
         self._peers = peers
         self._board = board
         self._near = [rank for rank in peers.ranks if peers.is_near(rank)]
         self._cadence = Cadence(spin)
         self._may_sleep = spin < 1
-        self._sleeps = 0  # waits to come that are slept through: the cores are crowded
+        self._sends = sends
+        self._crowded = False
+        self._counted_ns = 0  # when that was seen
         self._looked_ns = 0
 
     def wait(
@@ -53,9 +58,8 @@ class Lookout:
             now = _clock()
             until = now  # the first look is due at once: who is gone already is not waited for
             wake, stop = cadence.begin(now)
-            crowded = self._sleeps > 0
-            if crowded:
-                self._sleeps -= 1
+            sleeps = self._sends or (self._may_sleep and self._is_crowded(now))
+            if sleeps:
                 wake = stop = now
             while True:
                 if now >= until:
@@ -64,7 +68,7 @@ class Lookout:
                     if now >= deadline_ns:
                         return False
                     until = min(now + _SLICE_NS, deadline_ns)
-                if now >= wake and now >= stop and not crowded:
+                if now >= wake and now >= stop and not sleeps:
                     wake, stop = cadence.begin(now)
                 before = now
                 if before < wake:
@@ -79,12 +83,21 @@ class Lookout:
                 now = _clock()
                 if before < wake <= now:
                     cadence.overslept(now - wake)
-                elif wake <= before < stop and now - before > _CROWDED_NS and self._may_sleep:
-                    crowded = True
-                    self._sleeps = _CROWDED_WAITS
-                    stop = now
         cadence.arrived(_clock())
         return True
+
+    def _is_crowded(self, now_ns: int) -> bool:
+        """Whether more threads want a core than there are.
+
+        To spin then keeps a core from the threads that bring the frame: they have been woken, and
+        stand in line behind somebody else on another core.
+        """
+        if now_ns - self._counted_ns >= _CENSUS_NS:
+            self._counted_ns = now_ns
+            with open("/proc/loadavg") as file:  # "0.00 0.01 0.05 <running>/<all> <last pid>"
+                running = int(file.read().split()[3].partition("/")[0])
+            self._crowded = running > len(os.sched_getaffinity(0))
+        return self._crowded
 
     def gone(self) -> tuple[int | None, str] | None:
         """Who is gone, as far as known here and now, and why; about a microsecond."""

@@ -119,7 +119,7 @@ class ProcessGroupChannel:
         brought = peers.by_rank[src].told
         self._origin = make_origin(src, brought["channel"])
         self._board = None if peers.on_one_host else _open_board(brought["board"], peers)
-        self._lookout = Lookout(peers, self._board, spin)
+        self._lookout = Lookout(peers, self._board, spin, self.is_source)
         # When this object goes, however it goes: the watch ends, and the others are told.
         self._leave = weakref.finalize(self, _leave, peers, self._board)
         self._probe = probe

@@ -239,23 +239,28 @@ def test_sleeps_are_cut_into_slices_and_never_pass_the_deadline():
     assert 0.55e9 < sum(asked) <= 0.6e9
 
 
-def test_a_core_that_is_taken_away_while_spinning_is_not_spun_on_for_a_while():
+@pytest.mark.parametrize(
+    ("cores", "spin", "sleeps"), [(0, 0.1, True), (99, 0.1, False), (0, 1, False)]
+)
+def test_nobody_spins_while_more_threads_run_than_there_are_cores(monkeypatch, cores, spin, sleeps):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores))
+    looks: list[int] = []
     asked = []
 
-    def sleep(nanoseconds: int) -> None:
-        asked.append(nanoseconds)
-        time.sleep(0.001)
+    def ready() -> bool:
+        looks.append(1)
+        return bool(asked) or len(looks) > 50
 
-    def ready(since: list[int]) -> bool:
-        since.append(1)
-        if not asked:
-            time.sleep(0.0002)  # as if somebody else ran meanwhile
-        return len(asked) >= 2
-
-    lookout = Lookout(group_with(), None, 0.1)
-    assert lookout.wait(lambda: ready([]), sleep, deadline_in(5))
-    for _ in range(10):
-        looks: list[int] = []
+    lookout = Lookout(group_with(), None, spin)
+    for _ in range(3):
+        assert lookout.wait(ready, asked.append, deadline_in(5))
+        assert bool(asked) == sleeps
+        looks.clear()
         asked.clear()
-        assert lookout.wait(lambda looks=looks: ready(looks), sleep, deadline_in(5))
-        assert len(looks) == 3, "one look before, one after each sleep"
+
+
+def test_a_source_sleeps_while_the_threads_of_its_group_send():
+    asked: list[int] = []
+    lookout = Lookout(group_with(), None, 1, sends=True)
+    assert lookout.wait(lambda: bool(asked), asked.append, deadline_in(5))
+    assert len(asked) == 1
