@@ -372,13 +372,17 @@ class RingModel:
 
     def follow(self, me: int, position: int, generation: int, base: int, ring: int) -> Segment:
         """RingReader.next, its last lines, and _follow; then the caller has the frame."""
-        next_base, next_ring = self.line(generation + 1)
-        if position >= (yield Load(next_base)):
-            base = yield Load(next_base)
-            ring = yield Load(next_ring)
-            if generation + 1 == len(self.world.slots):
+        if position >= (yield Load(self.line(generation + 1)[0])):
+            generation += 1
+            if generation == len(self.world.slots):
                 raise Broken(f"reader {me} follows to a ring that is not there")
-            return self.follow, me, position, generation + 1, base, ring
+            while position >= (yield Load(self.line(generation + 1)[0])):
+                generation += 1
+                if generation == len(self.world.slots):
+                    raise Broken(f"reader {me} follows to a ring that is not there")
+            own_base, own_ring = self.line(generation)
+            base = yield Load(own_base)
+            ring = yield Load(own_ring)
         if self.is_off("frame is read before it is given back"):
             yield Store(self.takens[me], position + 1)
         for word in self.slot(ring, base, position):

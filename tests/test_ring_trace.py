@@ -18,6 +18,7 @@ from onecast.comm import Closed, PeerLost
 from onecast.comm.frame_ring import (
     BASE,
     BEAT,
+    BLAMED,
     LOST,
     PUBLISHED,
     SLEEPERS,
@@ -44,7 +45,7 @@ NAMES = {
         table_entry(n) + word: f"ring in line {n}" for n in range(4) for word in range(1, SLOTS + 1)
     },
 }
-SIGNS_OF_LIFE = (WRITER_BEAT, reader_line(0) + BEAT)
+SIGNS_OF_LIFE = (WRITER_BEAT, reader_line(0) + BEAT, reader_line(0) + BLAMED)
 
 
 class Recorder:
