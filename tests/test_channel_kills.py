@@ -26,7 +26,7 @@ import torch.distributed as dist
 from cli_runs import stray_segments
 from zygote import Ended, World, Zygote
 
-from onecast.comm import BrokenChannel, CommError, PeerLost, open_channel, peers
+from onecast.comm import BrokenChannel, Closed, CommError, PeerLost, open_channel, peers
 from onecast.comm.channel import TRANSPORTS
 
 LOST_S = 3.0  # a second is promised to a machine that has time
@@ -149,6 +149,9 @@ class Board:
 
     def reach(self, rank: int, stage: int) -> None:
         self._words[rank] = stage
+
+    def reached(self, rank: int) -> int:
+        return self._words[rank]
 
     def has_reached(self, rank: int, stage: int) -> bool:
         return self._words[rank] >= stage
@@ -407,3 +410,56 @@ def test_kills_at_random_moments_are_told_over_a_process_group_too(transport, si
     if transport not in TRANSPORTS:
         pytest.skip(f"there is no transport {transport!r}")
     strike_all(transport, size, plan_kills(20, seeded(), size, ()), lanes=2)
+
+
+# ---- stopped, not killed
+
+
+def exchange_until_over(rank: int, size: int, board_path: str) -> int:
+    """Frames that were exchanged until the test said that it is over."""
+    board = Board(board_path, size)
+    channel: Any = open_channel(transport="shared-memory", timeout_s=WORLD_S)
+    rng = random.Random(1)
+    number = 0
+    with contextlib.suppress(Closed):
+        while not (channel.is_source and board.has_reached(size, OVER)):
+            words = rng.choice((0, 10, 500, 20_000)) if number % 1000 else 300_000
+            if channel.is_source:
+                channel.publish({"number": number, "words": torch.full((words,), number)})
+                time.sleep(rng.choice((0, 0, 0, 0.001)))
+            else:
+                mapping = channel.receive().mapping
+                rng.choice((0, 0, 0, 0.001))  # to draw on alike
+                assert mapping["number"] == number
+                assert len(mapping["words"]) == words
+                assert bool((mapping["words"] == number).all()), "torn"
+            number += 1
+            board.reach(rank, number)
+    channel.close()
+    return number
+
+
+def test_ranks_that_are_stopped_for_a_while_lose_nothing():
+    rng = random.Random(seeded())
+    with Zygote() as zygote, tempfile.NamedTemporaryFile() as file:
+        board = Board(file.name, RANKS)
+        world = zygote.start(exchange_until_over, RANKS, RANKS, file.name)
+        try:
+            board.await_stage(SOURCE, 100)
+            for turn in range(25):
+                ranks = [rng.randrange(RANKS)] if rng.random() < 0.8 else range(RANKS)
+                for rank in ranks:
+                    os.kill(world.pids[rank], signal.SIGSTOP)
+                time.sleep(1.2 if turn == 0 else rng.uniform(0, 0.15))
+                for rank in ranks:
+                    os.kill(world.pids[rank], signal.SIGCONT)
+                goal = board.reached(SOURCE) + rng.randrange(100)
+                for rank in range(RANKS):
+                    board.await_stage(rank, goal)
+            board.reach(RANKS, OVER)
+            ends = world.join(WORLD_S)
+        finally:
+            world.kill()
+    assert [end.code for end in ends] == [0] * RANKS
+    frames = {end.value for end in ends}
+    assert len(frames) == 1 and frames.pop() > 500, ends

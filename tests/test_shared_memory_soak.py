@@ -1,8 +1,8 @@
 """Shared memory for long, for ranks that are too many, and for two engines at once.
 
 Every rank derives frame n from its number alone: the source to publish it, the readers to compare
-every byte of what they got. The shapes repeat after a period, so that caches are in one state at
-the same point of each, and what grows from one to the next is a leak.
+every byte of what they got. The shapes repeat after a period, a multiple of the frames after which
+a ring may shrink, so that all is in one state at the same point of each, and what grows is a leak.
 """
 
 import gc
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_runs import completion, finish, generate_args, read_results, start, write_batch
+from zygote import Zygote
 
 from onecast.comm import ReceiveTimeout, open_channel
 from onecast.comm.header import MAX_LAYOUTS
@@ -112,11 +114,11 @@ def same(got: Any, expected: Any) -> bool:
 SLACK = {
     "anonymous_kib": 4 << 10,
     "shared_kib": 1 << 10,
-    "reserved_kib": 0,
+    "reserved_kib": 1 << 10,
     "mappings": 8,
     "descriptors": 0,
-    "objects": 100,
-    "blocks": 1000,
+    "objects": 200,
+    "blocks": 1500,
 }
 
 
@@ -163,15 +165,15 @@ def soak(rank: int, seed: int, total: int, period: int) -> tuple[list[Sample], f
     rng = random.Random(seed * 31 + rank)
     channel: Any = open_channel(transport="shared-memory", timeout_s=60)
     end = channel._writer if channel.is_source else channel._reader
-    run = publish_all if channel.is_source else receive_all
+    go_through = publish_all if channel.is_source else receive_all
     samples = []
     gc.collect()
     gc.freeze()  # what torch consists of needs not be counted each time
-    start = time.monotonic()
-    for number in run(channel, frames, total, rng):
+    start_s = time.monotonic()
+    for number in go_through(channel, frames, total, rng):
         if number % period == period // 2 and number * 10 >= total * (len(samples) + 1):
             samples.append(Sample.take(end._segment))
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - start_s
     channel.close()
     return samples, seconds
 
@@ -239,9 +241,62 @@ def check_soak(world_size: int, total: int, period: int, timeout_s: float) -> No
 
 def test_thirty_thousand_frames_arrive_whole_and_in_order_and_leave_memory_flat():
     assert NUM_TEMPLATES // 3 > MAX_LAYOUTS
-    check_soak(world_size=3, total=30_000, period=1_500, timeout_s=60)
+    check_soak(world_size=3, total=30_000, period=6 * 256, timeout_s=60)
 
 
 @pytest.mark.slow
 def test_a_million_frames_arrive_whole_and_in_order_and_leave_memory_flat():
-    check_soak(world_size=3, total=1_000_000, period=20_000, timeout_s=500)
+    check_soak(world_size=3, total=1_000_000, period=80 * 256, timeout_s=500)
+
+
+def take_turns(rank: int, core: int, spin: float) -> float:
+    """Seconds for a thousand frames that all ranks get on one core."""
+    os.sched_setaffinity(0, {core})
+    channel: Any = open_channel(transport="shared-memory", timeout_s=30, spin=spin)
+    start_s = time.monotonic()
+    for number in range(1000):
+        if channel.is_source:
+            channel.publish({"number": number})
+        else:
+            assert channel.receive().mapping == {"number": number}
+    channel.close()
+    return time.monotonic() - start_s
+
+
+def test_six_ranks_on_one_core_get_on_though_each_would_spin():
+    core = max(os.sched_getaffinity(0))
+    with Zygote() as zygote:
+        for spin in (0, 0.1, 1):
+            ends = zygote.start(take_turns, 6, core, spin).join(60)
+            seconds = max(end.value for end in ends)
+            print(f"spin {spin}: {1000 / seconds:,.0f} frames/s")
+            assert seconds < 5
+
+
+def test_two_engines_on_one_host_do_not_disturb_each_other():
+    seeds = [random.randrange(1 << 32) for _ in range(2)]
+    print("seeds", seeds)
+    with Zygote() as zygote:
+        worlds = [zygote.start(soak, 2, seed, 10_000, 4 * 256) for seed in seeds]
+        for world in worlds:
+            for rank, end in enumerate(world.join(60)):
+                assert end.code == 0
+                samples, seconds = end.value
+                print(f"rank {rank}: {10_000 / seconds:,.0f} frames/s")
+                assert not samples[-1].leaks(samples[0]), (seeds, rank, samples)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_two_runs_at_once_give_the_same_answers(tmp_path):
+    prompts = ["And the king said", "In the beginning", "The third day", "A lamp"]
+    lines = [completion(f"r{n}", prompts[n % 4], max_tokens=8 + n) for n in range(12)]
+    batch = write_batch(tmp_path / "in.jsonl", lines)
+    outputs = [tmp_path / f"out-{n}.jsonl" for n in range(2)]
+    processes = [start(*generate_args(batch, one, "--channel=shared-memory")) for one in outputs]
+    answers = []
+    for process, output in zip(processes, outputs, strict=True):
+        status, out, err = finish(process)
+        assert status == 0, out + err
+        bodies = {r["custom_id"]: r["response"]["body"] for r in read_results(output)}
+        answers.append({name: body["choices"][0]["text"] for name, body in bodies.items()})
+    assert len(answers[0]) == len(lines) and answers[0] == answers[1]
