@@ -5,6 +5,8 @@ the probe is told. Knows nothing of bytes.
 """
 
 import logging
+import math
+import weakref
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .channel import Frame
-from .errors import BrokenChannel, Closed
+from .errors import BrokenChannel, Closed, CommError
 from .probe import Probe
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,10 @@ class Endpoint:
         timeout_s: float,
         poison: bool,
     ) -> None:
-        self._group = check_group(group, src)
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s is {timeout_s}, it must be above 0")
+        # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
+        self._group_reference = weakref.ref(check_group(group, src))
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s is {timeout_s}, it must be above 0 and finite")
         self.sequence = 0
         self.broadcasts = 0
         self.src = src
@@ -49,6 +52,13 @@ class Endpoint:
         self._error: BaseException | None = None
         self._closed = False
         self._refuses = False  # broken or closed
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup | None = self._group_reference()
+        if group is None:
+            raise CommError("the process group was destroyed before the channel was closed")
+        return group
 
     def _refuse(self) -> NoReturn:
         """Say why this end does not do what it was asked to."""
@@ -67,8 +77,8 @@ class Endpoint:
     def _wait_limit_s(self, timeout_s: float | None) -> float:
         if timeout_s is None:
             return self._timeout_s
-        if not timeout_s >= 0:
-            raise ValueError(f"timeout_s is {timeout_s}, it must be at least 0")
+        if not 0 <= timeout_s < math.inf:
+            raise ValueError(f"timeout_s is {timeout_s}, it must be at least 0 and finite")
         return timeout_s
 
     def _tell(

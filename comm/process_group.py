@@ -27,26 +27,20 @@ larger than the one awaited ends the receiving process, from inside Gloo; nothin
 channel must broadcast on its group while one of its frames is awaited.
 """
 
-import logging
 import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .channel import DEFAULT_TIMEOUT_S, Frame
-from .errors import (
-    BrokenChannel,
-    Closed,
-    CommError,
-    PeerLost,
-    PublishTimeout,
-    ReceiveTimeout,
-)
+from .endpoint import Endpoint, meeting_place
+from .errors import Closed, CommError, PeerLost, PublishTimeout, ReceiveTimeout
+from .far_peers import open_board
 from .frame import Decoder, Encoder, rebuild
 from .header import (
     CLOSES,
@@ -65,10 +59,8 @@ from .probe import Probe
 from .staging import DeviceStaging, HostStaging, Staging, frame_device
 from .waiting import DEFAULT_SPIN
 
-log = logging.getLogger(__name__)
 
-
-class ProcessGroupChannel:
+class ProcessGroupChannel(Endpoint):
     """See `Channel`. `src` is a global rank, a member of `group`, as in `dist.broadcast`.
 
     `spin` is the share of a core that waiting may take, from 0 to 1, see `Cadence`.
@@ -91,49 +83,27 @@ class ProcessGroupChannel:
         poison: bool = False,
         spin: float = DEFAULT_SPIN,
     ) -> None:
-        if not dist.is_initialized():
-            raise ValueError("torch.distributed is not initialised")
-        group = group if group is not None else dist.group.WORLD
-        if group is None or dist.get_rank(group) < 0:
-            raise ValueError(f"rank {dist.get_rank()} is not in the group")
-        if src not in dist.get_process_group_ranks(group):
-            ranks = dist.get_process_group_ranks(group)
-            raise ValueError(f"src is {src}, a global rank; the group has the ranks {ranks}")
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s is {timeout_s}, it must be above 0")
-        self.sequence = 0
-        self.broadcasts = 0
-        self.src = src
-        self.is_source = dist.get_rank() == src
+        super().__init__(group, src, probe, timeout_s, poison)
+        group = self._group
         place = frame_device(group, device)
         by_stream = dist.get_backend(group) == "nccl"
         self._staging: Staging = (
             DeviceStaging(place, by_stream) if place.type == "cuda" else HostStaging()
         )
-        # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
-        self._group = weakref.ref(group)
-        meet = place if by_stream else torch.device("cpu")
         agreement = {"src": src, "frame version": VERSION}
         told = {"channel": secrets.randbits(16), "board": secrets.randbits(62)}
-        peers = self._peers = Peers.exchange(group, meet, agreement, told)
+        peers = self._peers = Peers.exchange(group, meeting_place(group), agreement, told)
         brought = peers.by_rank[src].told
         self._origin = make_origin(src, brought["channel"])
-        self._board = None if peers.on_one_host else _open_board(brought["board"], peers)
+        self._board = None if peers.on_one_host else open_board(brought["board"], peers)
         self._lookout = Lookout(peers, self._board, spin, self.is_source)
         # When this object goes, however it goes: the watch ends, and the others are told.
         self._leave = weakref.finalize(self, _leave, peers, self._board)
-        self._probe = probe
-        self._timeout_s = timeout_s
-        self._poison = poison
         self._capacity = Capacity()
         self._encoder = Encoder()
         self._decoder = Decoder()
         self._pending: dist.Work | None = None  # a broadcast that a time-out left under way
         self._front: Header | None = None  # of the frame whose rest is pending
-        self._frame: Frame | None = None  # the one that is not released yet
-        self._error: BaseException | None = None
-        self._closed = False
-        self._refuses = False  # broken or closed
 
     @property
     def capacity(self) -> int:
@@ -174,21 +144,23 @@ class ProcessGroupChannel:
         )
         self.sequence += 1
         if probe is not None:
-            self._tell(probe.published, frame, capacity, encode_start_ns, publish_start_ns)
+            broadcasts = 1 if frame.nbytes <= capacity else 2
+            end_ns = time.perf_counter_ns()
+            self._tell(
+                probe.published, frame, broadcasts, encode_start_ns, publish_start_ns, end_ns
+            )
         return frame
 
     def receive(self, timeout_s: float | None = None) -> Frame:
         if self._refuses or self.is_source:
             self._refuse()
-        if timeout_s is not None and not timeout_s >= 0:
-            raise ValueError(f"timeout_s is {timeout_s}, it must be at least 0")
+        limit_s = self._wait_limit_s(timeout_s)
         probe = self._probe
         wait_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:
             self._frame.release()
         capacity = self._capacity.nbytes
         try:
-            limit_s = self._timeout_s if timeout_s is None else timeout_s
             header, memory = self._next(time.monotonic_ns() + int(limit_s * 1e9))
             if header.flags & CLOSES:
                 self._closed = self._refuses = True
@@ -211,7 +183,9 @@ class ProcessGroupChannel:
         )
         self.sequence += 1
         if probe is not None:
-            self._tell(probe.received, frame, capacity, wait_start_ns, decode_start_ns)
+            broadcasts = 1 if frame.nbytes <= capacity else 2
+            end_ns = time.perf_counter_ns()
+            self._tell(probe.received, frame, broadcasts, wait_start_ns, decode_start_ns, end_ns)
         return frame
 
     def close(self) -> None:
@@ -237,25 +211,16 @@ class ProcessGroupChannel:
             raise
         self._part()
 
-    def _refuse(self) -> NoReturn:
-        if self._error is not None:
-            raise BrokenChannel(f"an earlier error left the ranks out of step: {self._error!r}")
-        if self._closed:
-            raise Closed("the channel is closed")
-        does = "publishes" if self.is_source else "receives"
-        raise ValueError(f"the source is rank {self.src}: rank {dist.get_rank()} {does}")
-
     def _break(self, error: BaseException) -> None:
         """Nothing is certain about the ranks being in step after `error`."""
         if self._error is not None:
             return
-        self._error = error
-        self._refuses = True
+        super()._break(error)
         if self._board is not None and self._board.heard is None:
             if isinstance(error, PeerLost):
                 self._board.post(error.rank, error.details)
             else:
-                self._board.post(dist.get_rank(), f"it gave up: {error!r}")
+                self._board.post(self.rank, f"it gave up: {error!r}")
         self._part()
 
     def _part(self) -> None:
@@ -319,9 +284,7 @@ class ProcessGroupChannel:
         return header, memory
 
     def _broadcast(self, begin: int, end: int) -> dist.Work:
-        group = self._group()
-        if group is None:
-            raise CommError("the process group was destroyed before the channel was closed")
+        group = self._group
         self.broadcasts += 1
         wire = self._staging.wire(begin, end)
         try:
@@ -370,37 +333,6 @@ class ProcessGroupChannel:
             self._break(late)  # unlike a wait of ours that ends, this one cannot be resumed
             return late
         return PeerLost(self._lookout.only_suspect(), text)
-
-    def _tell(
-        self,
-        tell: Callable[[int, int, int, int, int, int, int], None],
-        frame: Frame,
-        capacity: int,
-        first_ns: int,
-        second_ns: int,
-    ) -> None:
-        broadcasts = 1 if frame.nbytes <= capacity else 2
-        end_ns = time.perf_counter_ns()
-        try:
-            tell(
-                frame.sequence,
-                frame.nbytes,
-                frame.metadata_bytes,
-                broadcasts,
-                first_ns,
-                second_ns,
-                end_ns,
-            )
-        except Exception:
-            log.exception("the probe failed; it is removed")
-            self._probe = None
-
-
-def _open_board(number: int, peers: Peers) -> Obituaries:
-    """The board of a channel whose ranks are on several hosts."""
-    # What torch itself uses wherever it needs the store; it has no public name.
-    store = dist.distributed_c10d._get_default_store()
-    return Obituaries(store, number, peers.own.rank)
 
 
 def _leave(peers: Peers, board: Obituaries | None) -> None:
