@@ -301,12 +301,9 @@ def strike(zygote: Zygote, transport: str, size: int, kill: Kill) -> list[float]
     """Do it; the seconds after which each rank that was left was told."""
     with tempfile.NamedTemporaryFile() as file:
         board = Board(file.name, size)
-        world = zygote.start(live, size, size, transport, kill, file.name)
-        try:
+        with zygote.start(live, size, size, transport, kill, file.name) as world:
             killed_ns = kill_ranks(world, board, kill)
             ends = world.join(WORLD_S)
-        finally:
-            world.kill()
     for pid in world.pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -369,7 +366,8 @@ def strike_all(transport: str, size: int, kills: list[Kill], lanes: int) -> None
                 try:
                     seconds.extend(strike(zygote, transport, size, kill))
                 except BaseException as error:
-                    failures.append(f"{kill}\n{error!r}")
+                    notes = getattr(error, "__notes__", [])
+                    failures.append("\n".join([str(kill), repr(error), *notes]))
                     return
 
     threads = [threading.Thread(target=work) for _ in range(lanes)]
@@ -443,8 +441,7 @@ def test_ranks_that_are_stopped_for_a_while_lose_nothing():
     rng = random.Random(seeded())
     with Zygote() as zygote, tempfile.NamedTemporaryFile() as file:
         board = Board(file.name, RANKS)
-        world = zygote.start(exchange_until_over, RANKS, RANKS, file.name)
-        try:
+        with zygote.start(exchange_until_over, RANKS, RANKS, file.name) as world:
             board.await_stage(SOURCE, 100)
             for turn in range(25):
                 ranks = [rng.randrange(RANKS)] if rng.random() < 0.8 else range(RANKS)
@@ -458,8 +455,6 @@ def test_ranks_that_are_stopped_for_a_while_lose_nothing():
                     board.await_stage(rank, goal)
             board.reach(RANKS, OVER)
             ends = world.join(WORLD_S)
-        finally:
-            world.kill()
     assert [end.code for end in ends] == [0] * RANKS
     frames = {end.value for end in ends}
     assert len(frames) == 1 and frames.pop() > 500, ends

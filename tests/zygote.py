@@ -3,8 +3,7 @@
 A helper of tests that need very many worlds, and of those that kill ranks: ranks end on their own,
 each in its time, and the test sees how. `onecast.comm.testing.run_ranks` is for all others.
 
-    with Zygote() as zygote:
-        world = zygote.start(exchange, 3, 7)        # exchange(rank, 7) in each
+    with Zygote() as zygote, zygote.start(exchange, 3, 7) as world:  # exchange(rank, 7) in each
         os.kill(world.pids[1], signal.SIGKILL)
         assert world.join(timeout_s=20) == [Ended(0, "what it returned"), Ended(-9, None), ...]
 
@@ -55,40 +54,56 @@ class World:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._zygote = zygote
         self._folder = tempfile.mkdtemp(prefix="onecast-world-")
+        # Theirs until they are reaped: a test may send signals to any at any time.
         self.pids = zygote.fork((function, size, self._store.port, self._folder, args))
+        self._alive = True
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Nothing of it stays; an error is told how the ranks were."""
+        if error is not None and self._alive:
+            try:
+                self.join(0)
+            except AssertionError as why:
+                error.add_note(str(why))
+        self.kill()
 
     def join(self, timeout_s: float) -> list[Ended]:
         """Wait for all to end. A rank that fails or hangs is an AssertionError with its stacks."""
+        failures = []
         hung = self._zygote.await_end(self.pids, timeout_s)
-        stacks = {}
         for pid in hung:
             os.kill(pid, signal.SIGCONT)
             os.kill(pid, signal.SIGUSR1)
         if hung:
-            time.sleep(1)
-        for pid in hung:
-            rank = self.pids.index(pid)
-            stacks[rank] = Path(self._folder, f"stacks-{rank}").read_text()
-        self.kill()
-        ends = []
-        failures = [f"rank {rank} hung:\n{text}" for rank, text in stacks.items()]
+            time.sleep(1)  # for the stacks
+        codes = self.kill()
+        ends: list[Ended] = []
         for rank, pid in enumerate(self.pids):
+            if pid in hung:
+                stacks = Path(self._folder, f"stacks-{rank}").read_text()
+                failures.append(f"rank {rank} was running after {timeout_s:g} s:\n{stacks}")
             path = Path(self._folder, f"result-{rank}")
             state, value = pickle.loads(path.read_bytes()) if path.exists() else ("none", None)
             if state == "failed":
                 failures.append(f"rank {rank} failed:\n{value}")
-            ends.append(Ended(self._zygote.codes[pid], value))
+            ends.append(Ended(codes[pid], value))
         shutil.rmtree(self._folder)
         if failures:
             raise AssertionError("\n".join(failures))
         return ends
 
-    def kill(self) -> None:
-        """End what is left of it."""
-        for pid in self.pids:
-            if pid not in self._zygote.codes:
-                os.kill(pid, signal.SIGKILL)  # still ours: nobody has reaped it
-        assert not self._zygote.await_end(self.pids, 20)
+    def kill(self) -> dict[int, int]:
+        """End and reap what is left of it; all exit codes by pid. A second call does nothing."""
+        if self._alive:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)  # ours, even if it has ended: it is not reaped yet
+            assert not self._zygote.await_end(self.pids, 20), "SIGKILL did not end a rank"
+            self._zygote.reap(self.pids)
+            self._alive = False
+        return {pid: self._zygote.codes[pid] for pid in self.pids}
 
 
 class Zygote:
@@ -104,7 +119,7 @@ class Zygote:
             )
         self._pipe = Connection(here.detach())
         self.codes: dict[int, int] = {}  # of the ranks that have ended, by pid
-        self._forked: list[int] | None = None
+        self._answer: list[int] | None = None
 
     def __enter__(self) -> "Zygote":
         return self
@@ -117,72 +132,89 @@ class Zygote:
         return World(self, function, size, args)
 
     def fork(self, job: tuple[Any, ...]) -> list[int]:
-        self._forked = None
-        self._pipe.send(job)
-        deadline = time.monotonic() + STARTED_S
-        while self._forked is None:
-            assert time.monotonic() < deadline, "the zygote does not answer"
-            self._listen(1)
-        return self._forked
+        pids = self._ask(job)
+        for pid in pids:
+            self.codes.pop(pid, None)  # a number may come again
+        return pids
+
+    def reap(self, pids: list[int]) -> None:
+        self._ask(pids)
 
     def await_end(self, pids: list[int], timeout_s: float) -> list[int]:
         """Wait for these to end; those that have not."""
         deadline = time.monotonic() + timeout_s
         while left := [pid for pid in pids if pid not in self.codes]:
             seconds = deadline - time.monotonic()
-            if seconds <= 0:
+            if not self._listen(max(seconds, 0)) and seconds <= 0:
                 break
-            self._listen(seconds)
         return left
 
-    def _listen(self, timeout_s: float) -> None:
-        if self._pipe.poll(timeout_s):
-            kind, value = self._pipe.recv()
-            if kind == "forked":
-                self._forked = value
-                for pid in value:
-                    self.codes.pop(pid, None)  # a number may come again
-            else:
-                pid, code = value
-                self.codes[pid] = code
+    def _ask(self, question: object) -> list[int]:
+        self._answer = None
+        self._pipe.send(question)
+        deadline = time.monotonic() + STARTED_S
+        while self._answer is None:
+            assert time.monotonic() < deadline, "the zygote does not answer"
+            self._listen(1)
+        return self._answer
+
+    def _listen(self, timeout_s: float) -> bool:
+        """Take one message, if there is one in time."""
+        if not self._pipe.poll(timeout_s):
+            return False
+        heard = self._pipe.recv()
+        if isinstance(heard, list):
+            self._answer = heard
+        else:
+            pid, code = heard
+            self.codes[pid] = code
+        return True
 
 
 # ---- in the zygote, and in its children
 
 
 def serve(pipe: Connection) -> None:
-    """Fork what is asked for, reap what has ended, until the other end of the pipe is closed."""
+    """Fork and reap what is asked for and tell what ends, until the pipe's other end is closed."""
     import onecast.comm  # noqa: F401 - so that ranks have it
 
+    children: set[int] = set()
     watched: dict[int, int] = {}  # pidfd: pid
-    while True:
-        for one in multiprocessing.connection.wait([pipe, *watched]):
-            if isinstance(one, int):
-                pid = watched.pop(one)
-                os.close(one)
-                _, status = os.waitpid(pid, 0)
-                with contextlib.suppress(BrokenPipeError):  # nobody asks any more
-                    pipe.send(("ended", (pid, os.waitstatus_to_exitcode(status))))
-                continue
-            try:
-                function, size, port, folder, args = pipe.recv()
-            except EOFError:
-                for pid in watched.values():
-                    os.kill(pid, signal.SIGKILL)
-                for pid in watched.values():
-                    os.waitpid(pid, 0)
-                return
-            pids = []
-            for rank in range(size):
-                pid = os.fork()
-                if pid == 0:
-                    pipe.close()
-                    for fd in watched:
-                        os.close(fd)
-                    be_rank(function, rank, size, port, folder, args)
-                pids.append(pid)
-                watched[os.pidfd_open(pid)] = pid
-            pipe.send(("forked", pids))
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            for one in multiprocessing.connection.wait([pipe, *watched]):
+                if isinstance(one, int):
+                    os.close(one)
+                    pid = watched.pop(one)
+                    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+                    assert end is not None
+                    exited = end.si_code == os.CLD_EXITED
+                    pipe.send((pid, end.si_status if exited else -end.si_status))
+                    continue
+                question = pipe.recv()
+                if isinstance(question, list):
+                    for pid in question:
+                        os.waitpid(pid, 0)
+                    children.difference_update(question)
+                    pipe.send(question)
+                    continue
+                function, size, *rest = question
+                pids = []
+                for rank in range(size):
+                    pid = os.fork()
+                    if pid == 0:
+                        pipe.close()
+                        for fd in watched:
+                            os.close(fd)
+                        be_rank(function, rank, size, *rest)
+                    pids.append(pid)
+                    watched[os.pidfd_open(pid)] = pid
+                children.update(pids)
+                pipe.send(pids)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    for pid in children:
+        os.waitpid(pid, 0)
 
 
 def be_rank(
