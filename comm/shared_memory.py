@@ -30,7 +30,7 @@ from .ring_reader import RingReader
 from .ring_writer import RingWriter
 from .sharing import share_segment
 from .staging import frame_device
-from .waiting import DEFAULT_SPIN
+from .waiting import DEFAULT_SPIN, Cadence
 
 
 class Outlet(Protocol):
@@ -82,6 +82,7 @@ class SharedMemoryChannel(Endpoint):
         spin: float = DEFAULT_SPIN,
     ) -> None:
         super().__init__(group, src, probe, timeout_s, poison)
+        Cadence(spin)  # refuses a share that cannot be before any rank has opened anything
         place = frame_device(self._group, device)
         agreement = {"src": src, "frame version": VERSION}
         told = {"channel": secrets.randbits(62)}

@@ -249,17 +249,21 @@ def each_side_has_its_call(rank: int, open_: Open) -> None:
         else:
             channel.publish({})
     if rank:
-        with pytest.raises(ValueError, match="timeout_s is -1"):
-            channel.receive(timeout_s=-1)
+        for timeout_s in (-1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"timeout_s is {timeout_s}"):
+                channel.receive(timeout_s=timeout_s)
     assert exchange(channel, {}).mapping == {}
     channel.close()
 
 
-def ranks_that_disagree_are_told(rank: int, open_: Open) -> None:
+def arguments_that_cannot_be_are_refused_on_all_ranks(rank: int, open_: Open) -> None:
     with pytest.raises(ValueError, match=r"disagree about src: \{0: 0, 1: 0, 2: 1, 3: 0\}"):
         open_(src=int(rank == 2))
-    with pytest.raises(ValueError, match="timeout_s is 0"):
-        open_(timeout_s=0)
+    for timeout_s in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"timeout_s is {timeout_s}"):
+            open_(timeout_s=timeout_s)
+    with pytest.raises(ValueError, match="spin is 2"):
+        open_(spin=2)
     with pytest.raises(ValueError, match="device is meta"):
         open_(device="meta")
 
@@ -369,7 +373,7 @@ HEALTHY: list[Callable[[int, Open], Any]] = [
     what_cannot_travel_leaves_the_ranks_in_step,
     released_frames_are_gone,
     a_group_of_some_ranks,
-    ranks_that_disagree_are_told,
+    arguments_that_cannot_be_are_refused_on_all_ranks,
     waits_are_bounded_and_can_be_taken_up_again,
     the_probe_is_told,
     a_frame_that_was_not_due_is_named,

@@ -55,9 +55,9 @@ def exchange(channel: Any, mapping: Any) -> Any:
     return channel.publish(mapping) if channel.is_source else channel.receive()
 
 
-def take(channel: Any, steps: Any) -> None:
+def take(channel: Any, steps: Any, timeout_s: float | None = None) -> None:
     for step in steps:
-        with channel.receive() as frame:
+        with channel.receive(timeout_s) as frame:
             assert frame.mapping["step"] == step
 
 
@@ -104,7 +104,7 @@ def the_source_runs_ahead(rank: int) -> None:
                 channel.publish({"step": step})
         dist.barrier()
         if rank != 0:
-            take(channel, steps)
+            take(channel, steps, timeout_s=0)
         dist.barrier()
     channel.close()
 
@@ -645,12 +645,12 @@ def test_in_a_healthy_world(healthy, scenario):
 
 
 def leave_one_after_another(rank: int, folder: str) -> tuple[int | None, float]:
-    groups = [dist.new_group(members) for members in ([0, 1, 2, 3], [0, 1, 2], [0, 1])]
-    channels = [
+    worlds = [[0, 1, 2, 3], [0, 1, 2], [0, 1], [0, 1]]
+    groups = [dist.new_group(members) for members in worlds]
+    first, second, third, fourth = (
         SharedMemoryChannel(group, timeout_s=20) if rank in members else None
-        for group, members in zip(groups, ([0, 1, 2, 3], [0, 1, 2], [0, 1]), strict=True)
-    ]
-    first, second, third = channels
+        for group, members in zip(groups, worlds, strict=True)
+    )
     assert first is not None
     exchange(first, {"step": 0}).release()
     if rank == 3:  # leaves in order, and its process ends
@@ -684,21 +684,29 @@ def leave_one_after_another(rank: int, folder: str) -> tuple[int | None, float]:
     lost, told = raised.value, time.monotonic()
     second.close()
 
-    assert third is not None
+    assert third is not None and fourth is not None
+    sizes = [3, 3, 3, 200_000]  # the last in a larger ring, which is mapped when its maker is gone
     if rank == 0:
-        for step in range(SLOTS):
-            third.publish({"step": step})
+        for channel in (third, fourth):
+            for step, size in enumerate(sizes):
+                channel.publish({"step": step, "a": torch.full((size,), step)})
         third.close()
         Path(folder, f"lost-{lost.rank}").write_text(str(told))
         os._exit(0)
     state = Path(f"/proc/{third._peers.by_rank[0].pid}/stat")
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    take(third, range(SLOTS))
+    for channel in (third, fourth):
+        for step, size in enumerate(sizes):
+            with channel.receive() as frame:
+                assert frame.mapping["a"].tolist() == [step] * size
     for _ in range(2):
         with pytest.raises(Closed):
             third.receive()
+    with pytest.raises(PeerLost, match="rank 0 is lost"):
+        fourth.receive()
     third.close()
+    fourth.close()
     return lost.rank, told
 
 
