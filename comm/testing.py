@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,21 @@ class RanksHung(RankFailed):
         self.ranks = ranks
 
 
+class Hosts(Protocol):
+    """Where ranks run that do not run here."""
+
+    address: str  # of the rendezvous, which every rank can reach
+
+    def environment(self, rank: int) -> Mapping[str, str]:
+        """What is set for this rank there."""
+
+    def listen(self, function: Callable[[], Any]) -> Any:
+        """Call what comes to listen at the address; what it returns."""
+
+    def start(self, rank: int, function: Callable[[], None]) -> None:
+        """Call what starts the process of this rank, so that it starts there."""
+
+
 def run_ranks(
     function: Callable[..., Any],
     world_size: int,
@@ -62,20 +77,25 @@ def run_ranks(
     timeout_s: float = 60.0,
     backend: str = "gloo",
     env: Mapping[str, str] | None = None,
+    hosts: Hosts | None = None,
 ) -> list[Any]:
     """Call `function(rank, *args)` on `world_size` new processes; their results in rank order.
 
     `torch.distributed` is initialised in each (on a port the system chose), torch runs on one
     thread, and RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set as torchrun sets them,
     `env` on top. A rank whose function has returned stays until all have, so that its leaving
-    disturbs nobody. No process survives this call.
+    disturbs nobody. No process survives this call. `hosts`: where the ranks run, None for here.
 
     Raises RankFailed with the traceback (or the signal) of the first rank that failed, RanksHung
     with the stacks of all that were still running after `timeout_s`.
     """
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}, at least 1 is needed")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    hosts = hosts if hosts is not None else _OneHost()
+    address = hosts.address
+    store = hosts.listen(
+        lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False),  # type: ignore[attr-defined]
+    )
     context = multiprocessing.get_context("spawn")
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="onecast-ranks-") as folder:
@@ -83,10 +103,15 @@ def run_ranks(
             for rank in range(world_size):
                 here, there = context.Pipe()
                 stacks = Path(folder, f"stacks-{rank}")
-                setup = (rank, world_size, store.port, backend, timeout_s, str(stacks))
+                setup = (rank, world_size, address, store.port, backend, timeout_s, str(stacks))
                 process = context.Process(target=_rank_main, args=(there, setup, function, args))
-                with _environment(_rank_environment(rank, world_size, env)):
-                    process.start()
+                settings = {
+                    **_rank_environment(rank, world_size),
+                    **hosts.environment(rank),
+                    **(env or {}),
+                }
+                with _environment(settings):
+                    hosts.start(rank, process.start)
                 there.close()
                 ranks.append(_Rank(rank, process, here, stacks))
             _collect(ranks, time.monotonic() + timeout_s)
@@ -94,6 +119,21 @@ def run_ranks(
         finally:
             for one in ranks:
                 one.reap()
+
+
+class _OneHost:
+    """This one."""
+
+    address = "127.0.0.1"
+
+    def environment(self, rank: int) -> Mapping[str, str]:
+        return {"GLOO_SOCKET_IFNAME": "lo"}  # a container's host name need not resolve
+
+    def listen(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def start(self, rank: int, function: Callable[[], None]) -> None:
+        function()
 
 
 class _Rank:
@@ -186,15 +226,13 @@ def _results(ranks: list[_Rank], timeout_s: float) -> list[Any]:
     return [one.value for one in ranks]
 
 
-def _rank_environment(rank: int, world_size: int, env: Mapping[str, str] | None) -> dict[str, str]:
+def _rank_environment(rank: int, world_size: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # a container's host name need not resolve
-        **(env or {}),
     }
 
 
@@ -218,11 +256,11 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _rank_main(
     pipe: Connection,
-    setup: tuple[int, int, int, str, float, str],
+    setup: tuple[int, int, str, int, str, float, str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    rank, world_size, port, backend, timeout_s, stacks = setup
+    rank, world_size, address, port, backend, timeout_s, stacks = setup
     os.setsid()  # what this rank starts is reaped with it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     with open(stacks, "w") as file:
@@ -231,7 +269,7 @@ def _rank_main(
         try:
             torch.set_num_threads(1)
             timeout = timedelta(seconds=timeout_s)
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
