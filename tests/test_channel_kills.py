@@ -106,6 +106,7 @@ class Kill:
     delay_s: float
     hold: Hold | None
     hasty: bool  # the others end as soon as they know, without closing
+    renews: bool  # the others open a new channel
     seed: int
 
     def __str__(self) -> str:
@@ -133,8 +134,11 @@ def plan_kills(count: int, seed: int, size: int, holds: Sequence[Hold]) -> list[
         more = rng.choices((0, 1, size - 1), (80, 15, 5))[0]
         victims = (first, *rng.sample(others, more))
         delay_s = rng.uniform(0, {"opening": 0.02, "closing": 0.002}.get(phase, 0.1))
+        # Over a process group, which has no word of its own for this, the first rank to end is
+        # blamed, and a broadcast that is under way keeps torch from destroying the group.
         hasty = bool(holds) and rng.random() < 0.5
-        kills.append(Kill(number, phase, victims, delay_s, hold, hasty, seed))
+        renews = bool(holds) and not hasty and phase != "opening"  # that fails on some ranks only
+        kills.append(Kill(number, phase, victims, delay_s, hold, hasty, renews, seed))
     return kills
 
 
@@ -197,7 +201,7 @@ def live(rank: int, size: int, transport: str, kill: Kill, board_path: str) -> F
     left = [one for one in range(size) if one not in kill.victims]
     for one in left:
         board.await_stage(one, OVER)
-    if kill.phase != "opening":  # which fails on some ranks only
+    if kill.renews:
         renew(rank, left, transport)
         fate.renewed = True
     return fate
@@ -341,10 +345,10 @@ def judge(kill: Kill, ends: list[Ended], killed_ns: int) -> list[float]:
             assert fate.lost in gone and f"rank {fate.lost} is lost" in fate.text, fates
         else:
             assert kill.phase == "closing" and fate.error in ("", "Closed"), fates
-        assert fate.renewed or not fate.opened or kill.hasty or kill.phase == "opening", fates
+        assert fate.renewed == kill.renews, fates
         if fate.error:
             seconds.append((fate.told_ns - killed_ns) / 1e9)
-            assert seconds[-1] < LOST_S, fates
+            assert seconds[-1] < LOST_S, (seconds, fates)
     return seconds
 
 
