@@ -437,7 +437,7 @@ def an_interrupt_ends_a_wait_at_once(rank: int) -> None:
         os.kill(table[1], signal.SIGINT)
         told = torch.zeros(1, dtype=torch.float64)
         dist.recv(told, 1)
-        assert float(told) - start < 0.5
+        assert float(told) - start < 1
         for step in range(1, 20):
             channel.publish({"step": step})
     if rank > 1:
@@ -484,7 +484,7 @@ def an_idle_receiver_takes_next_to_no_cpu(rank: int) -> float:
         with pytest.raises(ReceiveTimeout):
             channel.receive(timeout_s=2)
         share = (time.process_time() - start) / 2
-        assert share < 0.05
+        assert share < 0.05, share
     dist.barrier()
     channel.close()
     return share
