@@ -13,15 +13,16 @@ from .errors import PeerLost
 from .obituaries import Obituaries
 from .peers import Peer, Peers
 
-# For what was sent before a rank went to come through a leader, who gives it less time than that.
+# For what was sent before a rank went to come through a leader, whose wait for a broadcast gives it
+# less time than that.
 _GRACE_NS = 300_000_000
 
 
 class FarPeers(Peers):
     """All ranks of a group on several hosts.
 
-    `has_left` tells who has left in order, where a rank can know that: then `gone` does not speak
-    of them. `board` is what `gone` also looks at, for ranks that have no other way to hear of it.
+    `has_left` tells who has left in order, where a rank can know that: `gone` does not speak of
+    them. `board` is what it looks at too, once there is one.
     """
 
     def __init__(self, peers: list[Peer], own_rank: int) -> None:

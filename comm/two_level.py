@@ -24,7 +24,7 @@ from typing import Any
 from .channel import Frame
 from .errors import CannotShare, Closed, FrameError, PeerLost, PublishTimeout, ReceiveTimeout
 from .far_peers import FarPeers, find_leaders, open_board
-from .frame_ring import LEFT
+from .frame_ring import LEFT, PUBLISHED
 from .header import CLOSES
 from .lookout import Lookout
 from .mirror import Mirror
@@ -80,7 +80,7 @@ class TwoLevelChannel(SharedMemoryChannel):
             if self.rank == leader and reason is None:
                 leaders.close(busy=False)
             raise CannotShare("; ".join(failed))
-        board = self._board = open_board(number, peers)
+        board = self._board = peers.board = open_board(number, peers)
         if self.rank == leader:
             ring = _NodeWriter(segment, readers, peers, self._timeout_s, self._mirror)
             peers.has_left = ring.has_left
@@ -90,7 +90,6 @@ class TwoLevelChannel(SharedMemoryChannel):
             self._writer = _SourceEnd(ring, trunk)
             self._reader = _LeaderEnd(ring, trunk, self._mirror, self.src, self._timeout_s)
         else:
-            peers.board = board
             mirror, src = self._mirror, self.src
             self._reader = RingReader(segment, readers, leader, peers, spin, mirror, src)
         # When this object goes, however it goes: the others are told.
@@ -109,15 +108,7 @@ class TwoLevelChannel(SharedMemoryChannel):
             self._count()
 
     def close(self) -> None:
-        if self._board is None:
-            super().close()
-            return
         if self._closed:
-            return
-        if self._error is not None:  # the others have been told
-            self._closed = True
-            if self._frame is not None:
-                self._frame.release()
             return
         try:
             super().close()
@@ -126,7 +117,8 @@ class TwoLevelChannel(SharedMemoryChannel):
             raise
         finally:
             self._count()
-        self._part()
+        if self._board is not None:
+            self._part()
 
     def _end(self, error: BaseException) -> None:
         board, ring = self._board, self._ring
@@ -136,6 +128,8 @@ class TwoLevelChannel(SharedMemoryChannel):
         if isinstance(error, Closed):
             self._closed = self._refuses = True
             self._part()
+            return
+        if self._error is not None:
             return
         self._break(error)
         lost: int | None = self.rank
@@ -190,6 +184,10 @@ class _NodeWriter(RingWriter):
             return False
         return self._words[self._control.takens[self._readers.index(rank)]] == LEFT
 
+    def is_closed(self) -> bool:
+        """Whether the readers were told that there is no more."""
+        return bool(self._words[PUBLISHED] & 1)
+
     def _look(self, now_ns: int) -> None:
         with contextlib.suppress(Closed):  # not all receivers are on this host
             super()._look(now_ns)
@@ -214,6 +212,9 @@ class _SourceEnd:
         assert self._region is not None
         self._ring.publish()
         self._trunk.send(self._region, self._total)
+
+    def look(self) -> None:
+        self._trunk.check()
 
     def close(self) -> None:
         # In this order: a member that finds the ring closed may end, and must not pass for lost.
@@ -258,7 +259,12 @@ class _LeaderEnd:
     def release(self) -> None:
         self._here = None
 
+    def look(self) -> None:
+        self._trunk.check()
+
     def leave(self) -> None:
+        if self._ring.is_closed():
+            return
         deadline_ns = time.monotonic_ns() + int(self._timeout_s * 1e9)
         with contextlib.suppress(Closed):
             while True:
@@ -273,7 +279,8 @@ class _LeaderEnd:
         except PublishTimeout as error:
             raise ReceiveTimeout(f"the ring of this host has no room: {error}") from error
         if self._mirror is not None:
-            self._mirror.wait(region)
+            # Over by then: the frame that lay here was given back when its copy was.
+            assert self._mirror.is_read(region)
         return region
 
 
