@@ -100,8 +100,11 @@ class RingWatcher(Protocol):
     def lock(self, ring: Ring) -> None:
         """The ring was mapped."""
 
+    def is_through(self, ring: Ring) -> bool:
+        """Whether nothing reads the ring's memory any more behind this process's back."""
+
     def unlock(self, ring: Ring) -> None:
-        """It will not be used any more."""
+        """It is through, and will not be used any more."""
 
 
 def control_bytes(num_readers: int) -> int:

@@ -108,6 +108,13 @@ class RingReader:
         self.position += 1
         self._tell_taken(self.position)
 
+    def look(self) -> None:
+        """Raise PeerLost if a rank of this host has died, whether or not there is more to read."""
+        published = self._words[PUBLISHED]
+        if published & 1 and self._words[LOST]:
+            self._end()
+        self._look(published & ~1)  # who ended after an orderly end is not lost
+
     def leave(self) -> None:
         """This reader takes nothing any more, and need not be waited for."""
         self._tell_taken(LEFT)

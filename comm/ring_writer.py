@@ -148,11 +148,18 @@ class RingWriter:
         self._room_until = max(slowest, ring.base) + ring.slots
         if self._weak:
             self._fence()  # Fence: the readers' loads are over before the slot is written anew
+        watcher = self._watcher
         while len(self._rings) > 1 and slowest >= self._rings[1].base:
+            if watcher is not None and not watcher.is_through(self._rings[0]):
+                return  # it goes the next time
             ring = self._rings.pop(0)
-            if self._watcher is not None:
-                self._watcher.unlock(ring)
+            if watcher is not None:
+                watcher.unlock(ring)
             ring.give_back()
+
+    def look(self) -> None:
+        """Raise PeerLost if a rank of this host has died, Closed if all readers have left."""
+        self._look(time.monotonic_ns())
 
     def _await_taken(self, position: int) -> int:
         """Wait until all readers have taken what is before `position`; returns what all have."""

@@ -11,7 +11,8 @@ that closes lets all receivers read what it published.
 
 import secrets
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from .channel import DEFAULT_TIMEOUT_S, Frame
 from .endpoint import Endpoint, meeting_place
-from .errors import CannotShare, Closed, FrameError, PeerLost, ReceiveTimeout
+from .errors import CannotShare, Closed, FrameError, PeerLost, PublishTimeout, ReceiveTimeout
 from .frame import Decoder, Encoder, Message, rebuild, write
 from .header import HEADER_BYTES, VERSION, make_origin, read_header
 from .mirror import Mirror, make_mirror
@@ -32,6 +33,8 @@ from .sharing import share_segment
 from .staging import frame_device
 from .waiting import DEFAULT_SPIN, Cadence
 
+_SLICE_S = 0.2  # the longest wait for a GPU between two looks at the peers
+
 
 class Outlet(Protocol):
     """What a source writes its frames to."""
@@ -41,6 +44,9 @@ class Outlet(Protocol):
 
     def publish(self) -> None:
         """What was written there is the next frame."""
+
+    def look(self) -> None:
+        """Raise PeerLost if a rank is known to be gone."""
 
     def close(self) -> None:
         """There are no more."""
@@ -58,6 +64,9 @@ class Inlet(Protocol):
     def release(self) -> None:
         """It was read."""
 
+    def look(self) -> None:
+        """Raise PeerLost if a rank is known to be gone."""
+
     def leave(self) -> None:
         """No more are read."""
 
@@ -69,6 +78,7 @@ class SharedMemoryChannel(Endpoint):
     _peers_type: ClassVar[type[Peers]] = Peers
     _writer: Outlet
     _reader: Inlet
+    _departure: "weakref.finalize[..., SharedMemoryChannel] | None" = None
 
     def __init__(
         self,
@@ -104,7 +114,10 @@ class SharedMemoryChannel(Endpoint):
         readers = [rank for rank in peers.ranks if rank != self.src]
         segment = share_segment(self._group, peers, self.src, len(readers))
         if self.is_source:
-            self._writer = RingWriter(segment, readers, peers, self._timeout_s, self._mirror)
+            writer = RingWriter(segment, readers, peers, self._timeout_s, self._mirror)
+            self._writer = writer
+            # When this object goes without having closed, however it goes: the others are told.
+            self._departure = weakref.finalize(self, writer.abandon, self.src)
         else:
             self._reader = RingReader(segment, readers, self.src, peers, spin, self._mirror)
 
@@ -116,14 +129,14 @@ class SharedMemoryChannel(Endpoint):
         if self._frame is not None:
             self._frame.release()
         message = self._encoder.plan(mapping)
+        mirror = self._mirror
         try:
             region = self._writer.reserve(message.total)
+            if mirror is not None and not mirror.is_read(region):
+                self._await_read(mirror, region, self._timeout_s, self._writer.look)
         except (PeerLost, Closed) as error:
             self._end(error)
             raise
-        mirror = self._mirror
-        if mirror is not None:
-            mirror.wait(region)
         write(message, self.sequence, self._origin, region)
         publish_start_ns = time.perf_counter_ns() if probe is not None else 0
         try:
@@ -154,9 +167,9 @@ class SharedMemoryChannel(Endpoint):
         wait_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:
             self._frame.release()
-        if self._unread is not None:
-            self._give_back()
         try:
+            if self._unread is not None:
+                self._give_back(limit_s)
             slot = region = self._reader.next(limit_s)
             decode_start_ns = time.perf_counter_ns() if probe is not None else 0
             memory = slot.memory
@@ -191,15 +204,27 @@ class SharedMemoryChannel(Endpoint):
         if self._closed:
             return
         self._closed = self._refuses = True
+        if self._departure is not None:
+            self._departure.detach()
         if self._frame is not None:
             self._frame.release()
-        if not self.is_source:
-            self._reader.leave()
-        elif self._error is None:
-            self._writer.close()
-        elif not isinstance(self._error, PeerLost):  # of that the readers were told
-            self._writer.abandon(self.src)
-        self._peers.close()
+        try:
+            if not self.is_source:
+                if self._unread is not None and self._error is None:
+                    self._give_back(self._timeout_s)  # or what is copied could be written meanwhile
+                self._reader.leave()
+            elif self._error is None:
+                self._writer.close()
+            elif not isinstance(self._error, PeerLost):  # of that the readers were told
+                self._writer.abandon(self.src)
+        finally:
+            self._close_mirror()
+            self._peers.close()
+
+    def _close_mirror(self) -> None:
+        if self._mirror is not None:
+            hopeless = self._error is not None or self._unread is not None
+            self._mirror.close(0.0 if hopeless else self._timeout_s)
 
     def _end(self, error: BaseException) -> None:
         if isinstance(error, Closed):
@@ -207,6 +232,8 @@ class SharedMemoryChannel(Endpoint):
             return
         self._break(error)
         if self.is_source and isinstance(error, PeerLost) and error.rank is not None:
+            if self._departure is not None:
+                self._departure.detach()
             self._writer.abandon(error.rank)
 
     def _retire(self, frame: Frame) -> None:
@@ -219,12 +246,26 @@ class SharedMemoryChannel(Endpoint):
         self._unread = None
         self._reader.release()
 
-    def _give_back(self) -> None:
+    def _give_back(self, timeout_s: float) -> None:
         """Release the slot whose copy was under way when its frame was released."""
         assert self._mirror is not None and self._unread is not None
-        self._mirror.wait(self._unread)
+        self._await_read(self._mirror, self._unread, timeout_s, self._reader.look)
         self._unread = None
         self._reader.release()
+
+    def _await_read(
+        self, mirror: Mirror, slot: Region, timeout_s: float, look: Callable[[], None]
+    ) -> None:
+        """Wait until the copy out of a slot is over; raises PeerLost, and this side's time-out."""
+        deadline = time.monotonic() + timeout_s
+        while not mirror.wait(slot, max(min(deadline - time.monotonic(), _SLICE_S), 0)):
+            look()
+            if time.monotonic() >= deadline:
+                kind = PublishTimeout if self.is_source else ReceiveTimeout
+                raise kind(
+                    f"waited {timeout_s:.3g} s in vain for this rank's own GPU to copy a frame "
+                    f"before frame {self.sequence}: something queued there earlier does not end"
+                )
 
     def _poison_copy(self, frame: Frame) -> None:
         assert self._mirror is not None
