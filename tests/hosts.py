@@ -109,6 +109,7 @@ class TwoHosts:
         self._hosts = hosts
         self._ranks_per_host = ranks_per_host
         self.address = hosts[0].address
+        self.keepers = [host.pid for host in hosts]
 
     def environment(self, rank: int) -> Mapping[str, str]:
         return {"GLOO_SOCKET_IFNAME": _LINK}

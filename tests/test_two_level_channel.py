@@ -407,25 +407,11 @@ def exchange_across_hosts(rank: int, drawn: bytes) -> tuple[str, int, list[int]]
 
 @pytest.fixture
 def hosts():
-    """Two of them; nothing may be left of them afterwards."""
-    before = namespaces()
     try:
         with two_hosts() as both:
             yield both
     except NoHosts as error:
         pytest.skip(f"two hosts cannot be made: {error}")
-    assert namespaces() <= before
-
-
-def namespaces() -> set[str]:
-    """The network namespaces that any process of this machine is in."""
-    found = set()
-    for link in Path("/proc").glob("[0-9]*/ns/net"):
-        try:
-            found.add(os.readlink(link))
-        except OSError:  # it has ended, or is somebody else's
-            continue
-    return found
 
 
 def test_frames_cross_from_host_to_host(hosts):
