@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # A checkout at the root of sys.path would shadow Jupyter's `comm`.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help install run test lint bench gpu-check build clean
+.PHONY: help install run test test-slow tools lint bench gpu-check build clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,8 +25,16 @@ $(STAMP): pyproject.toml constraints.txt
 run: install ## the demo: 2 tensor-parallel workers answer the shipped batch (ARGS="..." passes options on)
 	@$(BIN)/onecast demo $(ARGS)
 
-test: install ## every test; ends with pytest's closing line (ARGS="-k name", FAST=1 leaves the long ones out)
-	$(BIN)/python -m pytest $(if $(FAST),-m 'not slow') $(ARGS)
+test: install tools ## the tests; ends with pytest's closing line (ARGS="-k name")
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: install tools ## the long ones: soak, fuzzing, kills, larger models
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Two hosts made of network namespaces: without iproute2 those tests are skipped, and say so.
+tools:
+	@command -v ip >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y iproute2 >/dev/null; } \
+	  || echo "iproute2 is missing and cannot be installed here: tests across hosts will be skipped"
 
 lint: install ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -36,8 +44,9 @@ lint: install ## ruff and mypy --strict
 bench: install ## measure the step broadcast (ARGS="--quick --json FILE")
 	$(BIN)/onecast bench comm $(ARGS)
 
-gpu-check: install ## the tests that need a GPU
-	$(BIN)/python -m pytest -m cuda -rs $(ARGS)
+# No set-up: it is for machines that have torch and no network.
+gpu-check: ## the tests and benchmarks that need a GPU (ARGS="--json FILE")
+	@PYTHONPATH=.links $(or $(wildcard $(BIN)/python),$(PYTHON)) -P -m onecast.runtime.gpu_check $(ARGS)
 
 build: install ## the wheel, into dist/
 	rm -rf build
