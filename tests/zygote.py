@@ -69,6 +69,7 @@ class World:
             except AssertionError as why:
                 error.add_note(str(why))
         self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def join(self, timeout_s: float) -> list[Ended]:
         """Wait for all to end. A rank that fails or hangs is an AssertionError with its stacks."""
