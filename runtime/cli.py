@@ -37,9 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_run_options(demo, **_demo_defaults())
     bench = commands.add_parser("bench", help="measure what onecast claims", add_help=False)
     bench.add_argument("what", choices=BENCHES)
+    commands.add_parser(
+        "gpu-check", help="run all tests and benchmarks that need a GPU", add_help=False
+    )
     options, rest = parser.parse_known_args(argv)
     if options.command == "bench":
         return _bench(options.what, rest)
+    if options.command == "gpu-check":
+        from . import gpu_check
+
+        return gpu_check.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
