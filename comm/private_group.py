@@ -4,7 +4,6 @@ Owns its name, its life, and the way out while one of its broadcasts is still un
 nothing of what is broadcast.
 """
 
-import contextlib
 import ctypes
 from collections.abc import Sequence
 from datetime import timedelta
@@ -42,6 +41,10 @@ class PrivateGroup:
         c10d._world.pg_group_ranks[self.handle] = {rank: at for at, rank in enumerate(ranks)}
         c10d._set_pg_timeout(_OPERATION_TIMEOUT, self.handle)
 
+    def exists(self) -> bool:
+        """Whether it was not destroyed with all others."""
+        return self.handle in c10d._world.pg_map
+
     def close(self, busy: bool) -> None:
         """Leave the group. `busy`: one of its operations is still under way.
 
@@ -50,7 +53,6 @@ class PrivateGroup:
         """
         if busy:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.handle))
-        if self.handle in c10d._world.pg_map:  # else all groups were destroyed before
+        if self.exists():
             dist.destroy_process_group(self.handle)
-        with contextlib.suppress(AttributeError):
-            del self.handle
+        del self.handle

@@ -129,6 +129,8 @@ class Trunk:
         return self._region
 
     def _broadcast(self, region: Region, begin: int, end: int) -> None:
+        if not self._group.exists():
+            raise CommError("the process groups were destroyed before the channel was closed")
         self.broadcasts += 1
         wire, group = region.tensor[begin:end], self._group.handle
         try:

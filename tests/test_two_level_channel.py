@@ -25,6 +25,7 @@ from onecast.comm import (
     BrokenChannel,
     CannotShare,
     Closed,
+    CommError,
     PeerLost,
     ReceiveTimeout,
     TwoLevelChannel,
@@ -379,6 +380,40 @@ def test_a_death_on_any_host_is_told_to_all_ranks(layout, src, victim, names, tm
     with pytest.raises(RankFailed, match="SIGKILL") as failed:
         run_ranks(lose_one, len(layout), layout, src, victim, str(tmp_path))
     assert_all_are_told(failed.value, len(layout), victim, names, tmp_path)
+
+
+def outlive_the_groups(rank: int) -> None:
+    pretend_hosts(rank, "ab")
+    channel = TwoLevelChannel(timeout_s=20)
+    exchange(channel, {"a": 1})
+    dist.barrier()
+    dist.destroy_process_group()
+    with pytest.raises(CommError, match="process groups were destroyed before the channel was"):
+        exchange(channel, {"a": 2})
+    with pytest.raises(BrokenChannel):
+        exchange(channel, {"a": 2})
+    channel.close()
+
+
+def test_a_channel_that_outlives_the_process_groups_says_so():
+    run_ranks(outlive_the_groups, 2)
+
+
+def end_with_a_broadcast_under_way(rank: int) -> None:
+    pretend_hosts(rank, "ab")
+    channel = TwoLevelChannel(timeout_s=20)
+    if rank == 1:
+        with pytest.raises(ReceiveTimeout):
+            channel.receive(timeout_s=0.1)
+        dist.destroy_process_group()
+        del channel
+        gc.collect()
+    else:
+        time.sleep(1)
+
+
+def test_a_broadcast_under_way_keeps_no_process_from_ending():
+    run_ranks(end_with_a_broadcast_under_way, 2, timeout_s=20)
 
 
 # ---- on two hosts
