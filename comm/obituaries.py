@@ -31,15 +31,12 @@ class Obituaries:
     """One board, seen from one rank. Open it on all ranks with the same number."""
 
     def __init__(self, store: c10d.Store, board: int, own_rank: int) -> None:
-        self.heard: tuple[int | None, str] | None = (
-            None  # who is gone, and why; reading it costs nothing
-        )
+        # Who is gone, and why; reading it costs nothing.
+        self.heard: tuple[int | None, str] | None = None
         self.silence: str | None = None  # why nothing can be heard any more
-        self._store = c10d.PrefixStore(
-            f"onecast/{board}",
-            store.clone(),  # type: ignore[attr-defined]
-        )
-        self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+        self._shared = store
+        self._prefix = f"onecast/{board}"
+        self._store: c10d.Store | None = None  # the thread's own connection
         self._own_rank = own_rank
         self._lock = threading.Condition()
         self._outbox: list[str] = []
@@ -83,19 +80,20 @@ class Obituaries:
             closing, asked = self._closing, self._asked
             outbox, self._asked = self._outbox.copy(), []
         try:
+            store = self._connect()
             for text in outbox:
-                self._store.set("gone", text)
+                store.set("gone", text)
             with self._lock:
                 del self._outbox[: len(outbox)]
             if closing:
                 return False
-            if self.heard is None and self._store.check(["gone"]):
-                rank, _, why = self._store.get("gone").decode(errors="replace").partition(" ")
+            if self.heard is None and store.check(["gone"]):
+                rank, _, why = store.get("gone").decode(errors="replace").partition(" ")
                 self.heard = (None if rank == "?" else int(rank), why)
             if beats:
-                self._store.set(f"alive/{self._own_rank}", repr(time.time()))
+                store.set(f"alive/{self._own_rank}", repr(time.time()))
             if asked:
-                ages = self._read_ages(asked)
+                ages = _read_ages(store, asked)
                 with self._lock:
                     self._ages = ages
                     self._lock.notify_all()
@@ -113,11 +111,20 @@ class Obituaries:
             if not (self._outbox or self._asked or self._closing):
                 self._lock.wait(_TICK_S)
 
-    def _read_ages(self, ranks: list[int]) -> dict[int, float]:
-        keys = {rank: f"alive/{rank}" for rank in ranks}
-        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
-        now = time.time()
-        return {rank: max(now - float(self._store.get(key)), 0.0) for rank, key in there.items()}
+    def _connect(self) -> c10d.Store:
+        """The thread connects, not the rank that opens: name resolution can take seconds."""
+        if self._store is None:
+            own = self._shared.clone()  # type: ignore[attr-defined]
+            self._store = c10d.PrefixStore(self._prefix, own)
+            self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+        return self._store
+
+
+def _read_ages(store: c10d.Store, ranks: list[int]) -> dict[int, float]:
+    keys = {rank: f"alive/{rank}" for rank in ranks}
+    there = {rank: key for rank, key in keys.items() if store.check([key])}
+    now = time.time()
+    return {rank: max(now - float(store.get(key)), 0.0) for rank, key in there.items()}
 
 
 def _serve(reference: "weakref.ref[Obituaries]") -> None:

@@ -4,17 +4,20 @@ Owns the handshake, collective over the whole group: the writer of each host mak
 readers attach, and all ranks learn whether all could. Knows nothing of what is shared.
 """
 
+import time
+
 import torch
 import torch.distributed as dist
 
 from .endpoint import meeting_place
-from .errors import CannotShare
+from .errors import CannotShare, PeerLost
 from .futex import unsupported
 from .peers import Peers
 from .ring_writer import make_ring_segment
 from .segment import Segment
 
 _TEXT_BYTES = 256
+_POLL_S = 0.0005
 
 
 def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_readers: int) -> Segment:
@@ -32,7 +35,7 @@ def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_reade
         except (OSError, CannotShare) as error:
             reason = str(error)
     told = [segment.fd, segment.key] if segment is not None else [-1, 0]
-    table = dict(zip(peers.ranks, _gather(group, torch.tensor(told)), strict=True))
+    table = dict(zip(peers.ranks, _gather(group, peers, torch.tensor(told)), strict=True))
     fd, key = table[writer].tolist()
     if not is_writer and reason is None and fd >= 0:
         try:
@@ -51,7 +54,7 @@ def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_reade
 def gather_reasons(group: dist.ProcessGroup, peers: Peers, reason: str | None) -> list[str]:
     """Which ranks cannot go on, and why; every rank of the group must call this."""
     text = (reason or "").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-    reasons = _gather(group, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    reasons = _gather(group, peers, torch.frombuffer(bytearray(text), dtype=torch.uint8))
     return [
         f"rank {rank}: {bytes(row.tolist()).rstrip(bytes(1)).decode(errors='replace')}"
         for rank, row in zip(peers.ranks, reasons, strict=True)
@@ -59,9 +62,19 @@ def gather_reasons(group: dist.ProcessGroup, peers: Peers, reason: str | None) -
     ]
 
 
-def _gather(group: dist.ProcessGroup, own: torch.Tensor) -> list[torch.Tensor]:
-    """What each rank brought, in the group's order, on the host."""
+def _gather(group: dist.ProcessGroup, peers: Peers, own: torch.Tensor) -> list[torch.Tensor]:
+    """What each rank brought, in the group's order, on the host; raises PeerLost.
+
+    The group's own time-out bounds it.
+    """
     own = own.to(meeting_place(group))
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, own, group=group)
+    work = dist.all_gather(rows, own, group=group, async_op=True)
+    assert work is not None
+    while not work.is_completed():
+        gone = peers.gone()
+        if gone is not None:
+            raise PeerLost(gone, "its process ended while the channel was being opened")
+        time.sleep(_POLL_S)
+    work.wait()
     return [row.cpu() for row in rows]
