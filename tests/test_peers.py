@@ -252,11 +252,14 @@ def test_nobody_spins_while_more_threads_run_than_there_are_cores(monkeypatch, c
         return bool(asked) or len(looks) > 50
 
     lookout = Lookout(group_with(), None, spin)
-    for _ in range(3):
+    slept = []
+    for _ in range(10):
         assert lookout.wait(ready, asked.append, deadline_in(5))
-        assert bool(asked) == sleeps
+        slept.append(bool(asked))
         looks.clear()
         asked.clear()
+    # One that spins may lose its core for longer than it would spin: not every time.
+    assert all(slept) if sleeps else not all(slept)
 
 
 def test_a_source_sleeps_while_the_threads_of_its_group_send():
