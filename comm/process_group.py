@@ -56,7 +56,7 @@ from .lookout import Lookout
 from .obituaries import Obituaries
 from .peers import Peers
 from .probe import Probe
-from .staging import DeviceStaging, HostStaging, Staging, frame_device
+from .staging import DeviceStaging, HostStaging, Staging, frame_device, is_by_stream
 from .waiting import DEFAULT_SPIN
 
 
@@ -86,9 +86,10 @@ class ProcessGroupChannel(Endpoint):
         super().__init__(group, src, probe, timeout_s, poison)
         group = self._group
         place = frame_device(group, device)
-        by_stream = dist.get_backend(group) == "nccl"
         self._staging: Staging = (
-            DeviceStaging(place, by_stream) if place.type == "cuda" else HostStaging()
+            DeviceStaging(place, is_by_stream(group, place))
+            if place.type == "cuda"
+            else HostStaging()
         )
         agreement = {"src": src, "frame version": VERSION}
         told = {"channel": secrets.randbits(16), "board": secrets.randbits(62)}

@@ -237,6 +237,9 @@ class DeviceStaging:
         stream = torch.cuda.current_stream(self._device)
         if stream != self._stream:
             stream.wait_stream(self._stream)
+            if self.region.tensor.is_cuda:
+                # Once freed, its memory goes to others only when this stream is through with it.
+                self.region.tensor.record_stream(stream)
             self._stream = stream
 
 
@@ -251,6 +254,12 @@ def frame_device(group: dist.ProcessGroup, device: torch.device | str | None) ->
     if place.type == "cuda" and place.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return place
+
+
+def is_by_stream(group: dist.ProcessGroup, place: torch.device) -> bool:
+    """Whether streams order what the group broadcasts from there: NCCL does, as one of several."""
+    backends = dict(one.split(":") for one in dist.get_backend_config(group).split(","))
+    return backends.get(place.type) == "nccl"
 
 
 def _zeros(nbytes: int, pinned: bool) -> torch.Tensor:

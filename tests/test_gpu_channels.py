@@ -26,6 +26,7 @@ from onecast.comm import (
     ReceiveTimeout,
     open_channel,
     peers,
+    staging,
 )
 from onecast.comm.region import POISON
 from onecast.comm.testing import RankFailed, run_ranks
@@ -394,9 +395,30 @@ def test_a_dead_rank_is_named_while_the_gpu_does_not_end():
     assert seconds < 2
 
 
+@pytest.mark.parametrize(
+    ("backends", "place", "by_stream"),
+    [
+        ("cpu:gloo,cuda:gloo", "cuda", False),
+        ("cuda:nccl", "cuda:1", True),
+        ("cpu:gloo,cuda:nccl", "cuda:0", True),
+        ("cpu:gloo,cuda:nccl", "cpu", False),
+    ],
+)
+def test_a_host_waits_for_broadcasts_that_no_stream_orders(monkeypatch, backends, place, by_stream):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    assert staging.is_by_stream(dist.group.WORLD, torch.device(place)) is by_stream
+
+
 # ---- on a GPU: every channel, ranks sharing GPUs where there are fewer of them
 
-CHANNELS = ["shared-memory", "two-level", "process-group gloo", "process-group nccl"]
+MIXED = "cpu:gloo,cuda:nccl"  # what the runtime's own groups are
+CHANNELS = [
+    "shared-memory",
+    "two-level",
+    "process-group gloo",
+    "process-group nccl",
+    f"process-group {MIXED}",
+]
 LONG = 40_000_000  # clock cycles of a kernel: 20 ms and more
 
 
