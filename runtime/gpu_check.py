@@ -31,7 +31,7 @@ from .gpu_report import Outcome, print_report, read_junit
 
 _ROOT = Path(__file__).resolve().parents[1]
 _BENCHMARKS = ("host", "nccl", "copies")
-_TIMEOUT_S = {"tests": 360.0, "host": 120.0, "nccl": 120.0, "copies": 60.0}
+_TIMEOUT_S = {"tests": 450.0, "host": 120.0, "nccl": 120.0, "copies": 60.0}
 _GRACE_S = 10.0  # for a part that is told to end
 _STEPS = 500
 _RANKS = 2  # of the benchmark
