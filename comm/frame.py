@@ -17,6 +17,7 @@ ranks agree.
 """
 
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -26,13 +27,16 @@ from . import values
 from .errors import FrameError, UnsupportedTypeError
 from .header import (
     ALIGNMENT,
+    CHECKSUM_BYTES,
     CLOSES,
     DEFINES,
     HEADER_BYTES,
     MAX_FRAME_BYTES,
     MAX_LAYOUTS,
+    VERSION,
     Header,
     aligned,
+    unpack_header,
     write_header,
 )
 from .layout import Layout
@@ -194,6 +198,36 @@ class Decoder:
         self._layouts: dict[int, Layout] = {}
         self._placements = _Placements()
 
+    def repeat(
+        self, region: Region, memory: memoryview, sequence: int, origin: int
+    ) -> tuple[int, int, dict[Any, Any]] | None:
+        """The frame that was due, if its dimensions are those of the last one in `region`.
+
+        Returns its bytes, those of header and metadata, and its mapping. None: whatever it is,
+        `read_header` and `decode` tell. This is what they do to a repeated frame, in one go.
+        """
+        repeated = region.repeated
+        if repeated is None or len(memory) < HEADER_BYTES:
+            return None
+        checksum, version, flags, number, received, length, start, total, came_from = unpack_header(
+            memory
+        )
+        end = HEADER_BYTES + length
+        if (
+            received != sequence
+            or start != repeated.start
+            or total != repeated.total
+            or came_from != origin
+            or version != VERSION
+            or flags
+            or end > start
+            or self._layouts.get(number) is not repeated.layout
+            or zlib.crc32(memory[CHECKSUM_BYTES:end]) != checksum
+        ):
+            return None
+        mapping = repeated.refill(values.unpack(memory[HEADER_BYTES:end]))
+        return None if mapping is None else (total, end, mapping)
+
     def decode(self, region: Region, header: Header, memory: memoryview) -> dict[Any, Any]:
         """The mapping of a frame whose tensors lie in `region`; they are views of it.
 
@@ -218,11 +252,8 @@ class Decoder:
             and repeated.layout is layout
             and repeated.total == header.total
             and repeated.start == start
-            and len(items) == repeated.num_items
-            and items[: layout.num_dims] == repeated.dims
+            and (mapping := repeated.refill(items)) is not None
         ):
-            mapping = repeated.mapping.copy()
-            mapping.update(zip(layout.value_keys, items[layout.num_dims :], strict=True))
             return mapping
         return self._build(layout, items, region, header)
 
@@ -255,9 +286,7 @@ class Decoder:
             raise FrameError(f"frame {header.sequence} has malformed tensors: {error}") from error
         mapping = layout.build(views, items[layout.num_dims :])
         if layout.is_flat:
-            region.repeated = Repeated(
-                layout, header.start, header.total, dims, len(items), mapping.copy()
-            )
+            region.repeated = Repeated(layout, header.start, header.total, dims, mapping.copy())
         return mapping
 
 

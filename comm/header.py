@@ -41,10 +41,10 @@ MAX_LAYOUTS = 128
 
 _HEADER = struct.Struct("<IBBHQIIII")
 _CHECKED = struct.Struct("<BBHQIIII")  # all but the checksum
-_CHECKSUM_BYTES = 4
+CHECKSUM_BYTES = 4
 HEADER_BYTES = _HEADER.size
 
-_unpack = _HEADER.unpack_from
+unpack_header = _HEADER.unpack_from
 
 
 class Header(NamedTuple):
@@ -84,8 +84,8 @@ def write_header(
     """Write header and metadata to the front of `memory`."""
     fields = _CHECKED.pack(VERSION, flags, layout, sequence, len(metadata), start, total, origin)
     checked = fields + metadata
-    checksum = zlib.crc32(checked).to_bytes(_CHECKSUM_BYTES, "little")
-    memory[: _CHECKSUM_BYTES + len(checked)] = checksum + checked
+    checksum = zlib.crc32(checked).to_bytes(CHECKSUM_BYTES, "little")
+    memory[: CHECKSUM_BYTES + len(checked)] = checksum + checked
 
 
 def read_header(memory: memoryview, expected: int, origin: int) -> Header:
@@ -97,12 +97,12 @@ def read_header(memory: memoryview, expected: int, origin: int) -> Header:
     if len(memory) < HEADER_BYTES:
         raise FrameError(f"{len(memory)} bytes are no frame: its header alone is {HEADER_BYTES}")
     # Around the generated __new__: it runs Python code for what is one C call.
-    header = tuple.__new__(Header, _unpack(memory))
+    header = tuple.__new__(Header, unpack_header(memory))
     checksum, version, flags, layout, sequence, metadata_length, start, total, came_from = header
     if version != VERSION:
         raise FrameError(f"no frame of this version: {version:#x} stands where {VERSION:#x} should")
     end = HEADER_BYTES + metadata_length
-    if end <= len(memory) and zlib.crc32(memory[_CHECKSUM_BYTES:end]) != checksum:
+    if end <= len(memory) and zlib.crc32(memory[CHECKSUM_BYTES:end]) != checksum:
         raise FrameError(f"the checksum of a frame of {total} bytes does not fit")
     if not end <= start <= total or start % ALIGNMENT:
         raise FrameError(
@@ -121,5 +121,5 @@ def check_metadata(header: Header, memory: memoryview) -> None:
     end = HEADER_BYTES + header.metadata_length
     if len(memory) < end:
         raise FrameError(f"truncated: {len(memory)} bytes of {end} with the metadata")
-    if zlib.crc32(memory[_CHECKSUM_BYTES:end]) != header.checksum:
+    if zlib.crc32(memory[CHECKSUM_BYTES:end]) != header.checksum:
         raise FrameError(f"the checksum of a frame of {header.total} bytes does not fit")

@@ -60,23 +60,32 @@ class Placement:
 class Repeated:
     """The frame that a region held last: one that repeats its dimensions has the same views."""
 
-    __slots__ = ("dims", "layout", "mapping", "num_items", "start", "total")
+    __slots__ = ("_dims", "_mapping", "_num_dims", "_num_items", "layout", "start", "total")
 
     def __init__(
-        self,
-        layout: Layout,
-        start: int,
-        total: int,
-        dims: list[int],
-        num_items: int,
-        mapping: dict[Any, Any],
+        self, layout: Layout, start: int, total: int, dims: list[int], mapping: dict[Any, Any]
     ) -> None:
         self.layout = layout
         self.start = start
         self.total = total
-        self.dims = dims
-        self.num_items = num_items
-        self.mapping = mapping
+        self._dims = dims
+        self._mapping = mapping
+        self._num_dims = len(dims)
+        self._num_items = len(dims) + layout.num_values
+
+    def refill(self, items: Any) -> dict[Any, Any] | None:
+        """Its mapping with the values among `items`, a frame's metadata; None: other dimensions."""
+        num_dims = self._num_dims
+        if (
+            type(items) is not list
+            or len(items) != self._num_items
+            or items[:num_dims] != self._dims
+        ):
+            return None
+        mapping = self._mapping.copy()
+        for key, value in zip(self.layout.value_keys, items[num_dims:]):  # noqa: B905 - equal
+            mapping[key] = value
+        return mapping
 
 
 class Region:
@@ -122,7 +131,7 @@ class Region:
         if kind == PLAIN_TENSORS and self._file is not None and placement.end <= _GATHER_BYTES:
             gather = self._gathers.get(placement)
             if gather is None:
-                gather = Gather(*self._file, placement)
+                gather = Gather(*self._file, self.tensor.data_ptr(), placement)
                 _keep(self._gathers, placement, gather)
             if gather.write(sources):  # type: ignore[arg-type]
                 return

@@ -170,17 +170,14 @@ class SharedMemoryChannel(Endpoint):
         try:
             if self._unread is not None:
                 self._give_back(limit_s)
-            slot = region = self._reader.next(limit_s)
+            slot = self._reader.next(limit_s)
             decode_start_ns = time.perf_counter_ns() if probe is not None else 0
             memory = slot.memory
             assert memory is not None
-            header = read_header(memory, self.sequence, self._origin)
-            if self._mirror is not None:
-                if header.total > slot.nbytes:
-                    raise FrameError(f"the frame ends at {header.total}, beyond {slot.nbytes}")
-                region = self._mirror.copy(slot, header.start, header.total)
-                self._unread = slot
-            mapping = self._decoder.decode(region, header, memory)
+            again = None
+            if self._mirror is None:
+                again = self._decoder.repeat(slot, memory, self.sequence, self._origin)
+            total, metadata_bytes, mapping = again or self._decode(slot, memory)
         except ReceiveTimeout:
             raise
         except BaseException as error:
@@ -188,8 +185,8 @@ class SharedMemoryChannel(Endpoint):
             raise
         frame = self._frame = Frame(
             self.sequence,
-            header.total,
-            HEADER_BYTES + header.metadata_length,
+            total,
+            metadata_bytes,
             mapping,
             None,
             self._retire,
@@ -199,6 +196,18 @@ class SharedMemoryChannel(Endpoint):
             end_ns = time.perf_counter_ns()
             self._tell(probe.received, frame, 0, wait_start_ns, decode_start_ns, end_ns)
         return frame
+
+    def _decode(self, slot: Region, memory: memoryview) -> tuple[int, int, dict[Any, Any]]:
+        """The frame's bytes, those of header and metadata, and its mapping."""
+        header = read_header(memory, self.sequence, self._origin)
+        region = slot
+        if self._mirror is not None:
+            if header.total > slot.nbytes:
+                raise FrameError(f"the frame ends at {header.total}, beyond {slot.nbytes}")
+            region = self._mirror.copy(slot, header.start, header.total)
+            self._unread = slot
+        mapping = self._decoder.decode(region, header, memory)
+        return header.total, HEADER_BYTES + header.metadata_length, mapping
 
     def close(self) -> None:
         if self._closed:

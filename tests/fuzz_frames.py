@@ -25,6 +25,7 @@ The journal is a file that says, also after such an end, how far the process cam
 
 import ctypes
 import mmap
+import pickle
 import random
 import resource
 import sys
@@ -159,7 +160,9 @@ class Target:
         # What a channel has at hand: all its memory or the frame alone, at once or its front first.
         shown = memory[: len(content)] if frame.how & 4 else memory
         front = shown[: HEADER_BYTES + 8] if frame.how & 8 else shown
+        again = None
         try:
+            again = decoder.repeat(region, shown, 0, ORIGIN)
             header = read_header(front, 0, ORIGIN)
             if front is not shown:
                 check_metadata(header, shown)
@@ -168,10 +171,14 @@ class Target:
             with torch.inference_mode(frame.how & 16 != 0):
                 mapping = decoder.decode(region, header, shown)
         except FrameError:
+            assert again is None, "a frame that was refused was taken for a repeated one"
             assert decoder._layouts == known, "a frame that was refused changed the layouts"
             return
         if not frame.is_sound:
             numbers[2] += 1
+        if again is not None:
+            assert again[:2] == (header.total, HEADER_BYTES + header.metadata_length)
+            assert same_parts(again[2], mapping), "a repeated frame came out otherwise"
         assert header.total <= region.nbytes, "the frame ends beyond the region"
         assert set(decoder._layouts) <= {*known, header.layout}
         spans = sorted(read_all(mapping))
@@ -187,6 +194,16 @@ class Target:
         mapping = decoder.decode(region, read_header(memory, 0, ORIGIN), memory)
         assert [*mapping] == ["n", "ids", "name"] and (mapping["n"], mapping["name"]) == (5, "x")
         assert mapping["ids"].tolist() == [0, 1, 2, 3]
+
+
+def same_parts(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether two flat mappings hold the same tensors, at the same places, and the same values."""
+    return [*one] == [*other] and all(
+        (a.data_ptr(), a.shape, a.dtype) == (b.data_ptr(), b.shape, b.dtype)
+        if isinstance(a, torch.Tensor)
+        else pickle.dumps(a) == pickle.dumps(b)  # NaNs too, and numbers too long to print
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
 
 
 def with_checksum(frame: bytes) -> bytes:

@@ -5,11 +5,12 @@ Owns pacing and stamps. Knows nothing of what a method does, nor of statistics.
 Before every exchange each receiver says through a word of shared memory that it goes to receive
 (`shared_page.Gate`); the source spins until all have said so. Then, by mode:
 
-    tight        the source spins for 50 us and sends. What a receiver does before it waits, the
-                 source does too, and later, so every method's receiver is waiting by then, at the
-                 end of its own code and not of a barrier's. All methods get the same pause. It is
-                 short enough for a reader by cadence to spin through, as in a busy engine. Blocks
-                 of exchanges of one method, code and data in the caches, methods taking turns.
+    tight        the source spins for 10 us and sends. What a receiver does before it waits, the
+                 source does too, and later, so every method's receiver is about to wait or waits by
+                 then, at the end of its own code and not of a barrier's. All methods get the same
+                 pause; a long one is no busy loop: after 50 us of spinning all of them take up to a
+                 third longer. Blocks of exchanges of one method, code and data in the caches,
+                 methods taking turns.
     alternating  the same, but another method each exchange, in random order: every one finds
                  the caches full of the others.
     paced        the source sleeps until 5 ms after its last send; blocks of one method. Between
@@ -34,7 +35,7 @@ from .shared_page import Gate
 from .workloads import same_mapping
 
 PERIOD_NS = 5_000_000
-_PAUSE_NS = 50_000
+_PAUSE_NS = 10_000
 _TIGHT_BLOCK, _TIGHT_WARMUP = 25, 5  # timed exchanges of a method in a row; untimed before them
 _PACED_BLOCK, _PACED_WARMUP = 100, 20  # a reader learns a cadence in sixteen
 
