@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .process_group import ProcessGroupChannel
+from .channel import Channel, open_channel
 
 # Filled by use, never at import. A channel holds its group weakly, so these entries die with it.
-_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, ProcessGroupChannel]] = (
+_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, Channel]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -27,8 +27,9 @@ def broadcast_tensor_dict(
     """Send `tensor_dict` from global rank `src` to all ranks of `group`; everyone gets it back.
 
     The source passes the mapping and gets it back as a dict, its values untouched; the others pass
-    None. Tensors arrive on the GPU of the rank for an NCCL group, in host memory otherwise. One
-    broadcast a call; the first call of a group and source, a collective like all, opens a channel.
+    None. Tensors arrive on the GPU of the rank for an NCCL group, by one broadcast a call, and
+    elsewhere in host memory, by what `open_channel` chooses. The first call of a group and source,
+    a collective, opens a channel.
     """
     if not dist.is_initialized():
         raise ValueError("torch.distributed is not initialised")
@@ -37,8 +38,10 @@ def broadcast_tensor_dict(
     channels = _channels.setdefault(world, {})
     channel = channels.get(src)
     if channel is None:
-        channel = channels[src] = ProcessGroupChannel(world, src=src)
-    if channel.is_source:
+        # Tensors that are on GPUs already would only lose by a way through host memory.
+        transport = "process-group" if dist.get_backend(world) == "nccl" else "auto"
+        channel = channels[src] = open_channel(world, src=src, transport=transport)
+    if dist.get_rank() == src:
         if tensor_dict is None:
             raise ValueError(f"rank {src} is the source: it must pass a mapping")
         channel.publish(tensor_dict).release()

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from channel_runs import draw_mappings, exchange
 from cli_runs import stray_segments
-from hypothesis import HealthCheck, Phase, given, settings
-from test_frame import assert_arrived, block_message, mappings
+from test_frame import assert_arrived, block_message
 
 from onecast.comm import (
     BrokenChannel,
@@ -57,34 +57,7 @@ def pretend_hosts(name: str, rank: int) -> None:
         peers._host_key = lambda: 100 + (rank >= 2)
 
 
-def exchange(channel: Any, mapping: Any) -> Any:
-    """The frame of `mapping`, on either side."""
-    return channel.publish(mapping) if channel.is_source else channel.receive()
-
-
 # ---- what holds in a healthy world: each of these runs on all four ranks of one
-
-
-def draw_mappings() -> bytes:
-    """100 mappings, drawn once for all ranks: what hypothesis draws may differ among processes."""
-    drawn: list[Any] = []
-
-    @settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=100,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(mappings)
-    def draw(mapping: Any) -> None:
-        drawn.append(mapping)
-
-    draw()
-    buffer = io.BytesIO()
-    torch.save(drawn, buffer)  # pickle by itself does not know tensors of every dtype
-    return buffer.getvalue()
 
 
 def every_mapping_arrives(rank: int, open_: Open) -> None:
@@ -395,7 +368,7 @@ def run_scenarios(rank: int, names: list[str], drawn: bytes) -> dict[tuple[str, 
 def healthy(request) -> list[dict[tuple[str, str], Any]]:
     """What each scenario returned, by rank; a failed assertion of any fails all of the channel."""
     names = list(PROTOCOLS) if request.param == "prior protocols" else [request.param]
-    return run_ranks(run_scenarios, WORLD, names, draw_mappings(), timeout_s=120)
+    return run_ranks(run_scenarios, WORLD, names, draw_mappings(100), timeout_s=120)
 
 
 def test_in_a_healthy_world(healthy):

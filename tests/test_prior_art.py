@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from channel_runs import collectives, exchange
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_frame import assert_arrived, block_message, mappings
@@ -30,18 +31,6 @@ from onecast.comm.testing import RankFailed, run_ranks
 
 WORLD = 3
 STEADY = {"two-broadcasts": 2, "fixed-metadata": 1, "cached-size": 1}  # and one per tensor
-
-
-def collectives() -> int:
-    """How many collectives the default group has carried out, by its own count."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world._get_sequence_number_for_group()
-
-
-def exchange(channel: Any, mapping: Any) -> Any:
-    """The frame of `mapping`, on either side."""
-    return channel.publish(mapping) if channel.is_source else channel.receive()
 
 
 # ---- the metadata's own broadcasts, without ranks

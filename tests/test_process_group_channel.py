@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -16,8 +15,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, Phase, given, settings
-from test_frame import assert_arrived, block_message, mappings
+from channel_runs import collectives, draw_mappings, exchange
+from test_frame import assert_arrived, block_message
 from torch.distributed import distributed_c10d as c10d
 
 import onecast.comm
@@ -43,43 +42,7 @@ WORLD = 4
 DRAWN = b""  # in a rank: what `draw_mappings` gave
 
 
-def collectives() -> int:
-    """How many collectives the default group has carried out, by its own count."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world._get_sequence_number_for_group()
-
-
-def exchange(channel: Any, mapping: Any) -> Any:
-    """The frame of `mapping`, on either side."""
-    return channel.publish(mapping) if channel.is_source else channel.receive()
-
-
 # ---- what holds in a healthy world: each of these runs on all four ranks of one
-
-
-def draw_mappings() -> bytes:
-    """150 mappings, drawn once for all ranks: what hypothesis draws may differ among processes."""
-    drawn: list[Any] = []
-
-    @settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=150,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(mappings)
-    def draw(mapping: Any) -> None:
-        drawn.append(mapping)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "ComplexHalf support is experimental")
-        draw()
-    buffer = io.BytesIO()
-    torch.save(drawn, buffer)
-    return buffer.getvalue()
 
 
 def every_mapping_arrives(rank: int) -> None:
@@ -318,7 +281,7 @@ def run_healthy(rank: int, drawn: bytes) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def healthy() -> list[dict[str, Any]]:
     """What each scenario returned, by rank; a failed assertion of any fails all."""
-    return run_ranks(run_healthy, WORLD, draw_mappings(), timeout_s=120)
+    return run_ranks(run_healthy, WORLD, draw_mappings(150), timeout_s=120)
 
 
 @pytest.mark.parametrize("scenario", HEALTHY, ids=lambda scenario: scenario.__name__)

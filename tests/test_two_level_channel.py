@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from channel_runs import draw_mappings, exchange
 from hosts import NoHosts, two_hosts
-from hypothesis import HealthCheck, Phase, given, settings
-from test_frame import assert_arrived, mappings
+from test_frame import assert_arrived
 from torch.distributed import distributed_c10d as c10d
 
 from onecast.comm import (
@@ -54,33 +54,6 @@ LAYOUTS = [
 
 def pretend_hosts(rank: int, layout: str) -> None:
     peers._host_key = lambda: ord(layout[rank])
-
-
-def exchange(channel: Any, mapping: Any) -> Any:
-    """The frame of `mapping`, on either side."""
-    return channel.publish(mapping) if channel.is_source else channel.receive()
-
-
-def draw_mappings() -> bytes:
-    """40 mappings, drawn once for all ranks: what hypothesis draws may differ among processes."""
-    drawn: list[Any] = []
-
-    @settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=40,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(mappings)
-    def draw(mapping: Any) -> None:
-        drawn.append(mapping)
-
-    draw()
-    buffer = io.BytesIO()
-    torch.save(drawn, buffer)  # pickle by itself does not know tensors of every dtype
-    return buffer.getvalue()
 
 
 # ---- what holds in a healthy world: each of these runs on all four ranks of one
@@ -314,7 +287,7 @@ def run_healthy(rank: int, drawn: bytes) -> dict[str, Any]:
 def healthy(tmp_path_factory) -> list[dict[str, Any]]:
     """What each scenario returned, by rank; a failed assertion of any fails all."""
     gate = str(tmp_path_factory.mktemp("gate") / "open")
-    return run_ranks(run_healthy, WORLD, draw_mappings(), timeout_s=120, env={"GATE": gate})
+    return run_ranks(run_healthy, WORLD, draw_mappings(40), timeout_s=120, env={"GATE": gate})
 
 
 @pytest.mark.parametrize("scenario", HEALTHY, ids=lambda scenario: scenario.__name__)
@@ -450,7 +423,7 @@ def hosts():
 
 
 def test_frames_cross_from_host_to_host(hosts):
-    results = run_ranks(exchange_across_hosts, WORLD, draw_mappings(), hosts=hosts)
+    results = run_ranks(exchange_across_hosts, WORLD, draw_mappings(40), hosts=hosts)
     assert [name for name, _, _ in results] == ["two-level"] * WORLD
     assert [neighbours for _, _, neighbours in results] == [[1], [0], [3], [2]]
     assert [steady for _, steady, _ in results] == [0, 100, 100, 0]
