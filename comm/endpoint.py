@@ -6,9 +6,10 @@ the probe is told. Knows nothing of bytes.
 
 import logging
 import math
+import os
 import weakref
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,18 @@ class Endpoint:
         except Exception:
             log.exception("the probe failed; it is removed")
             self._probe = None
+
+
+def at_end_of(
+    thing: object, function: Callable[..., object], *arguments: object
+) -> "weakref.finalize[..., Any]":
+    """Call `function` once `thing` is no more, or this process ends: not in one forked from it."""
+    return weakref.finalize(thing, _unless_forked, os.getpid(), function, *arguments)
+
+
+def _unless_forked(pid: int, function: Callable[..., object], *arguments: object) -> None:
+    if os.getpid() == pid:
+        function(*arguments)
 
 
 def check_group(group: dist.ProcessGroup | None, src: int) -> dist.ProcessGroup:

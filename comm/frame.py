@@ -226,7 +226,10 @@ class Decoder:
         ):
             return None
         mapping = repeated.refill(values.unpack(memory[HEADER_BYTES:end]))
-        return None if mapping is None else (total, end, mapping)
+        if mapping is None:
+            return None
+        region.handed = repeated.views
+        return total, end, mapping
 
     def decode(self, region: Region, header: Header, memory: memoryview) -> dict[Any, Any]:
         """The mapping of a frame whose tensors lie in `region`; they are views of it.
@@ -254,6 +257,7 @@ class Decoder:
             and repeated.start == start
             and (mapping := repeated.refill(items)) is not None
         ):
+            region.handed = repeated.views
             return mapping
         return self._build(layout, items, region, header)
 
@@ -281,12 +285,14 @@ class Decoder:
             placement = self._placements.get(layout, dims, header.start, header.total)
             if placement.end != header.total:
                 raise FrameError(f"tensors end at {placement.end}, the frame at {header.total}")
-            views = region.views(placement)
+            views = region.hand_out(placement)
         except (RuntimeError, TypeError) as error:  # what torch refuses; an unhashable dimension
             raise FrameError(f"frame {header.sequence} has malformed tensors: {error}") from error
         mapping = layout.build(views, items[layout.num_dims :])
         if layout.is_flat:
-            region.repeated = Repeated(layout, header.start, header.total, dims, mapping.copy())
+            region.repeated = Repeated(
+                layout, header.start, header.total, dims, mapping.copy(), region.handed
+            )
         return mapping
 
 
@@ -325,10 +331,13 @@ def write_goodbye(sequence: int, origin: int, region: Region) -> None:
 
 
 def rebuild(message: Message, region: Region) -> dict[Any, Any]:
-    """What the receivers of `message` see, for the sender itself: views of what it sent."""
+    """What the receivers of `message` see, for the sender itself: views of what it sent.
+
+    To be taken back by the region when the frame is released.
+    """
     items = values.unpack(message.metadata)
     plain = items[int(message.defines) + message.layout.num_dims :]
-    return message.layout.build(region.views(message.placement), plain)
+    return message.layout.build(region.hand_out(message.placement), plain)
 
 
 def _blame(message: Message, region: Region, error: Exception) -> NoReturn:

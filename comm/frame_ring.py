@@ -83,15 +83,12 @@ class Ring:
         self.slot_bytes = slot_bytes
         self.slots = slots
         self.memory: mmap.mmap = segment.map(offset, slot_bytes * slots)
-        tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.regions = [
-            Region(tensor[begin : begin + slot_bytes], (segment.fd, offset + begin))
-            for begin in range(0, slot_bytes * slots, slot_bytes)
-        ]
-
-    def give_back(self) -> None:
-        """Return the memory to the system; a view kept too long finds zeros."""
-        self.memory.madvise(mmap.MADV_REMOVE)
+        with torch.inference_mode(False):  # or no frame could be written here outside of it
+            tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+            self.regions = [
+                Region(tensor[begin : begin + slot_bytes], (segment.fd, offset + begin))
+                for begin in range(0, slot_bytes * slots, slot_bytes)
+            ]
 
 
 class RingWatcher(Protocol):

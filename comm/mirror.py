@@ -10,12 +10,12 @@ import contextlib
 import ctypes
 import logging
 import time
-import weakref
 from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
+from .endpoint import at_end_of
 from .frame_ring import Ring, RingWatcher
 from .header import aligned
 from .region import Region
@@ -59,6 +59,7 @@ class HostMirror:
     def unlock(self, ring: Ring) -> None: ...
 
     def copy(self, slot: Region, start: int, total: int) -> Region:
+        self._region.take_back()
         if self._region.nbytes != slot.nbytes:
             self._region = _region(slot.nbytes, torch.device("cpu"))
         self._region.tensor[start:total].copy_(slot.tensor[start:total])
@@ -93,7 +94,7 @@ class DeviceMirror:
         self._locked: dict[int, Ring] = {}  # by the address of its memory; held, or it would go
         self._events: dict[Region, torch.cuda.Event] = {}  # of the last copy out of each slot
         # When this object goes without `close`, however it goes. Not at exit: all goes then.
-        self._leave = weakref.finalize(self, _drop, device, self._locked, self._events)
+        self._leave = at_end_of(self, _drop, device, self._locked, self._events)
         self._leave.atexit = False
 
     def lock(self, ring: Ring) -> None:

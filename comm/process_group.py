@@ -29,7 +29,6 @@ channel must broadcast on its group while one of its frames is awaited.
 
 import secrets
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -38,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from .channel import DEFAULT_TIMEOUT_S, Frame
-from .endpoint import Endpoint, meeting_place
+from .endpoint import Endpoint, at_end_of, meeting_place
 from .errors import Closed, CommError, PeerLost, PublishTimeout, ReceiveTimeout
 from .far_peers import open_board
 from .frame import Decoder, Encoder, rebuild
@@ -99,7 +98,7 @@ class ProcessGroupChannel(Endpoint):
         self._board = None if peers.on_one_host else open_board(brought["board"], peers)
         self._lookout = Lookout(peers, self._board, spin, self.is_source)
         # When this object goes, however it goes: the watch ends, and the others are told.
-        self._leave = weakref.finalize(self, _leave, peers, self._board)
+        self._leave = at_end_of(self, _leave, peers, self._board)
         self._capacity = Capacity()
         self._encoder = Encoder()
         self._decoder = Decoder()
@@ -118,6 +117,7 @@ class ProcessGroupChannel(Endpoint):
         encode_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:
             self._frame.release()
+        self._staging.region.take_back()
         gone = self._lookout.gone_lately()
         message = self._encoder.plan(mapping)
         staging = self._staging
@@ -160,6 +160,7 @@ class ProcessGroupChannel(Endpoint):
         wait_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:
             self._frame.release()
+        self._staging.region.take_back()
         capacity = self._capacity.nbytes
         try:
             header, memory = self._next(time.monotonic_ns() + int(limit_s * 1e9))
@@ -226,12 +227,10 @@ class ProcessGroupChannel(Endpoint):
 
     def _part(self) -> None:
         """This rank is through with the others: in order, or they have been told."""
-        finalizer = self._leave.detach()
-        if finalizer is not None:
-            _, _, (peers, board), _ = finalizer
-            peers.close()
-            if board is not None:
-                board.close()
+        if self._leave.detach() is not None:
+            self._peers.close()
+            if self._board is not None:
+                self._board.close()
 
     def _retire(self, frame: Frame) -> None:
         self._staging.region.poison()

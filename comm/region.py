@@ -16,7 +16,7 @@ from .errors import FrameError
 from .gather import Gather
 from .header import ALIGNMENT, aligned
 from .layout import Layout, brief
-from .parts import MIXED, PLAIN_TENSORS, Source
+from .parts import MIXED, PLAIN_TENSORS, Source, make_guards
 
 MAX_DIMENSION = (1 << 63) - 1
 POISON = 0xA5
@@ -57,15 +57,63 @@ class Placement:
             offset = aligned(self.end)
 
 
+class Views:
+    """The tensors of a placement in a region, and whether callers have left them as they were.
+
+    They are handed out again and again. A caller may change what a view is in place (unsqueeze_,
+    requires_grad_, resize_, set_ ...), for as long as the frame is its own.
+    """
+
+    __slots__ = ("_addresses", "_guards", "_placement", "tensors")
+
+    def __init__(self, placement: Placement, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
+        self._placement = placement
+        self._addresses = [*map(torch.Tensor.data_ptr, tensors)]
+        self._guards = make_guards(tensors) if tensors else None
+
+    def are_untouched(self) -> bool:
+        tensors = self.tensors
+        if [*map(torch.Tensor.data_ptr, tensors)] != self._addresses:
+            return False
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        return all(
+            tensor.dtype is dtype
+            and [*tensor.shape] == shape
+            and [*tensor.stride()] == strides
+            and not tensor.requires_grad
+            for tensor, (dtype, shape, strides, _) in zip(
+                tensors, self._placement.tensors, strict=True
+            )
+        )
+
+
 class Repeated:
     """The frame that a region held last: one that repeats its dimensions has the same views."""
 
-    __slots__ = ("_dims", "_mapping", "_num_dims", "_num_items", "layout", "start", "total")
+    __slots__ = (
+        "_dims",
+        "_mapping",
+        "_num_dims",
+        "_num_items",
+        "layout",
+        "start",
+        "total",
+        "views",
+    )
 
     def __init__(
-        self, layout: Layout, start: int, total: int, dims: list[int], mapping: dict[Any, Any]
+        self,
+        layout: Layout,
+        start: int,
+        total: int,
+        dims: list[int],
+        mapping: dict[Any, Any],
+        views: Views | None,
     ) -> None:
         self.layout = layout
+        self.views = views
         self.start = start
         self.total = total
         self._dims = dims
@@ -105,21 +153,37 @@ class Region:
         if tensor.device.type == "cpu":
             self.memory = memoryview(tensor.numpy())  # type: ignore[arg-type]
         self.repeated: Repeated | None = None  # the decoder's memory of the frame before
+        self.handed: Views | None = None  # what a caller has in hands, or had
         self._file = file
         self._gathers: dict[Placement, Gather] = {}
         self._typed: dict[torch.dtype, torch.Tensor] = {}
-        self._views: dict[Placement, list[torch.Tensor]] = {}
+        self._views: dict[Placement, Views] = {}
         self._arrays: dict[Placement, list[np.ndarray[Any, Any] | None]] = {}
 
     def views(self, placement: Placement) -> list[torch.Tensor]:
         """The tensors of a frame that lies here; the caller must not change the list."""
+        return self._views_of(placement).tensors
+
+    def hand_out(self, placement: Placement) -> list[torch.Tensor]:
+        """The same, for somebody who may change what they are: `take_back` has to follow."""
+        self.handed = self._views_of(placement)
+        return self.handed.tensors
+
+    def take_back(self) -> None:
+        """The frame was released: views that were changed are not handed out again."""
+        if self.handed is not None:
+            if not self.handed.are_untouched():
+                self.repeated = None
+                self._views.clear()
+                self._typed.clear()
+            self.handed = None
+
+    def _views_of(self, placement: Placement) -> Views:
         views = self._views.get(placement)
         if views is None:
-            if torch.is_inference_mode_enabled():
-                # A view made there could not be written by a later frame outside of it.
-                with torch.inference_mode(False):
-                    return self.views(placement)
-            views = [self._view(*tensor) for tensor in placement.tensors]
+            # A view made in inference mode could not be written by a later frame outside of it.
+            with torch.inference_mode(False):
+                views = Views(placement, [self._view(*tensor) for tensor in placement.tensors])
             _keep(self._views, placement, views)
         return views
 

@@ -155,7 +155,7 @@ class RingWriter:
             ring = self._rings.pop(0)
             if watcher is not None:
                 watcher.unlock(ring)
-            ring.give_back()
+            self._segment.give_back(ring.offset, ring.slot_bytes * ring.slots)
 
     def look(self) -> None:
         """Raise PeerLost if a rank of this host has died, Closed if all readers have left."""
@@ -232,7 +232,14 @@ class RingWriter:
         number = len(self._bases)
         if number >= NUM_RINGS - 1:  # the line after this one: nobody may look there any more
             self._await_taken(self._bases[number - NUM_RINGS + 1] + 1)
-        self._begin_ring(self._segment.extend(slot_bytes * slots), slot_bytes, slots)
+        offset = self._segment.extend(slot_bytes * slots)
+        try:
+            self._begin_ring(offset, slot_bytes, slots)
+        except OSError as error:
+            self._segment.give_back(offset, slot_bytes * slots)
+            raise CannotShare(
+                f"{slot_bytes * slots:,} bytes of shared memory cannot be mapped: {error.strerror}"
+            ) from error
 
     def _begin_ring(self, offset: int, slot_bytes: int, slots: int) -> None:
         """Go on in a ring that lies there, from the next position on."""

@@ -10,6 +10,7 @@ sealed against shrinking.
     that has changed hands does not pass for the segment
 """
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -20,6 +21,7 @@ from .errors import CannotShare
 
 PAGE = mmap.PAGESIZE
 _KEY = slice(0, 8)
+_PUNCH_HOLE = 0x02 | 0x01  # and keep the size
 _POPULATE_BYTES = 64 << 20  # larger areas are mapped page by page, on first use
 
 
@@ -73,6 +75,14 @@ class Segment:
                 f"reserved before: {error.strerror}"
             ) from error
         return size
+
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Return a part to the system; who still looks at it finds zeros."""
+        call = ctypes.CDLL(None, use_errno=True).fallocate
+        arguments = (ctypes.c_int(self.fd), ctypes.c_int(_PUNCH_HOLE))
+        if call(*arguments, ctypes.c_long(offset), ctypes.c_long(nbytes)) != 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"cannot give memory back: {os.strerror(error)}")
 
     @property
     def reserved(self) -> int:

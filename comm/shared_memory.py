@@ -13,13 +13,14 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 
 from .channel import DEFAULT_TIMEOUT_S, Frame
-from .endpoint import Endpoint, meeting_place
+from .endpoint import Endpoint, at_end_of, meeting_place
 from .errors import CannotShare, Closed, FrameError, PeerLost, PublishTimeout, ReceiveTimeout
 from .frame import Decoder, Encoder, Message, rebuild, write
 from .header import HEADER_BYTES, VERSION, make_origin, read_header
@@ -29,7 +30,7 @@ from .probe import Probe
 from .region import Region
 from .ring_reader import RingReader
 from .ring_writer import RingWriter
-from .sharing import share_segment
+from .sharing import gather_reasons, share_segment
 from .staging import frame_device
 from .waiting import DEFAULT_SPIN, Cadence
 
@@ -101,6 +102,7 @@ class SharedMemoryChannel(Endpoint):
         self._origin = make_origin(src, peers.by_rank[src].told["channel"])
         self._mirror = make_mirror(place, poison)
         self._unread: Region | None = None  # a released slot that is still being copied
+        self._lent: Region | None = None  # where the tensors of the last frame lie
         self._encoder = Encoder()
         self._decoder = Decoder()
         self._connect(spin)
@@ -113,13 +115,22 @@ class SharedMemoryChannel(Endpoint):
             raise CannotShare(f"the ranks are on different hosts: {hosts}")
         readers = [rank for rank in peers.ranks if rank != self.src]
         segment = share_segment(self._group, peers, self.src, len(readers))
-        if self.is_source:
-            writer = RingWriter(segment, readers, peers, self._timeout_s, self._mirror)
-            self._writer = writer
-            # When this object goes without having closed, however it goes: the others are told.
-            self._departure = weakref.finalize(self, writer.abandon, self.src)
-        else:
-            self._reader = RingReader(segment, readers, self.src, peers, spin, self._mirror)
+        reason = None
+        leave: Callable[[], None]
+        try:
+            if self.is_source:
+                writer = RingWriter(segment, readers, peers, self._timeout_s, self._mirror)
+                self._writer, leave = writer, partial(writer.abandon, self.src)
+            else:
+                reader = RingReader(segment, readers, self.src, peers, spin, self._mirror)
+                self._reader, leave = reader, reader.leave
+        except OSError as error:  # of address space or descriptors
+            reason = f"cannot map the ring: {error}"
+        failed = gather_reasons(self._group, peers, reason)
+        if failed:
+            raise CannotShare("the ranks cannot share memory: " + "; ".join(failed))
+        # When this object goes without having closed: the others are told, or not held up.
+        self._departure = at_end_of(self, leave)
 
     def publish(self, mapping: Mapping[Any, Any]) -> Frame:
         if self._refuses or not self.is_source:
@@ -128,6 +139,8 @@ class SharedMemoryChannel(Endpoint):
         encode_start_ns = time.perf_counter_ns() if probe is not None else 0
         if self._frame is not None:
             self._frame.release()
+        if self._lent is not None and self._lent.handed is not None:
+            self._lent.take_back()
         message = self._encoder.plan(mapping)
         mirror = self._mirror
         try:
@@ -145,6 +158,7 @@ class SharedMemoryChannel(Endpoint):
         except BaseException as error:
             self._end(error)
             raise
+        self._lent = region
         frame = self._frame = Frame(
             self.sequence,
             message.total,
@@ -178,6 +192,7 @@ class SharedMemoryChannel(Endpoint):
             if self._mirror is None:
                 again = self._decoder.repeat(slot, memory, self.sequence, self._origin)
             total, metadata_bytes, mapping = again or self._decode(slot, memory)
+            self._lent = slot
         except ReceiveTimeout:
             raise
         except BaseException as error:
@@ -247,6 +262,8 @@ class SharedMemoryChannel(Endpoint):
 
     def _retire(self, frame: Frame) -> None:
         self._frame = None
+        if self._lent is not None:
+            self._lent.take_back()
         if self._mirror is not None:
             if self._poison:
                 self._mirror.poison()

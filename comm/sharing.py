@@ -35,7 +35,9 @@ def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_reade
         except (OSError, CannotShare) as error:
             reason = str(error)
     told = [segment.fd, segment.key] if segment is not None else [-1, 0]
-    table = dict(zip(peers.ranks, _gather(group, peers, torch.tensor(told)), strict=True))
+    table = dict(
+        zip(peers.ranks, _gather(group, peers, torch.tensor(told, device="cpu")), strict=True)
+    )
     fd, key = table[writer].tolist()
     if not is_writer and reason is None and fd >= 0:
         try:

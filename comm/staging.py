@@ -265,4 +265,4 @@ def is_by_stream(group: dist.ProcessGroup, place: torch.device) -> bool:
 def _zeros(nbytes: int, pinned: bool) -> torch.Tensor:
     """Zeros: what pads a frame is sent, and must not be what this memory held before."""
     with torch.inference_mode(False):  # or a later frame outside of it could not be written here
-        return torch.zeros(aligned(nbytes), dtype=torch.uint8, pin_memory=pinned)
+        return torch.zeros(aligned(nbytes), dtype=torch.uint8, device="cpu", pin_memory=pinned)

@@ -79,7 +79,7 @@ class Trunk:
 
     def send_goodbye(self) -> None:
         """Tell the other leaders that there are no more frames."""
-        region = Region(torch.zeros(self._capacity.nbytes, dtype=torch.uint8))
+        region = Region(torch.zeros(self._capacity.nbytes, dtype=torch.uint8, device="cpu"))
         write_goodbye(self.sequence, self._origin, region)
         self.send(region, 0)
 

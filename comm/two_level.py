@@ -15,11 +15,11 @@ it arrives in a slot of each other ring, where it is decoded as on one host: not
 the way.
 """
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .channel import Frame
+from .endpoint import at_end_of
 from .errors import CannotShare, Closed, PeerLost
 from .far_peers import FarPeers, find_leaders, open_board
 from .leader_ends import LeaderEnd, NodeWriter, SourceEnd
@@ -87,7 +87,7 @@ class TwoLevelChannel(SharedMemoryChannel):
             mirror, src = self._mirror, self.src
             self._reader = RingReader(segment, readers, leader, peers, spin, mirror, src)
         # When this object goes, however it goes: the others are told.
-        self._leave = weakref.finalize(self, _leave, peers, board, self._ring, self._trunk)
+        self._leave = at_end_of(self, _leave, peers, board, self._ring, self._trunk)
 
     def publish(self, mapping: Mapping[Any, Any]) -> Frame:
         try:

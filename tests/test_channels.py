@@ -3,6 +3,7 @@
 What only one of them promises stands in the tests named after it.
 """
 
+import gc
 import io
 import logging
 import os
@@ -163,6 +164,54 @@ def released_frames_are_gone(rank: int, open_: Open) -> None:
     channel.close()
     with pytest.raises(ValueError, match="frame 7 was released"):
         _ = after.mapping
+
+
+def a_view_changed_in_place_changes_no_later_frame(rank: int, open_: Open) -> None:
+    changes: list[Callable[[torch.Tensor], object]] = [
+        lambda view: view.unsqueeze_(0),
+        lambda view: view.requires_grad_(),
+        lambda view: view.resize_(2),
+        lambda view: view.t_(),
+        lambda view: view.set_(torch.ones(1, 3)),  # type: ignore[call-overload]
+    ]
+    channel = open_()
+    for change in changes:
+        for step in range(10):
+            mapping = {"x": torch.full((1, 3), step * 1.0), "y": torch.full((3,), -step), "n": step}
+            frame = exchange(channel, mapping)
+            assert_arrived(mapping, frame.mapping)
+            change(frame.mapping["x"])
+            if step % 2:
+                frame.release()
+    channel.close()
+
+
+def a_default_device_changes_nothing(rank: int, open_: Open) -> None:
+    torch.set_default_device("meta")
+    try:
+        channel = open_()
+        for step in range(3):
+            mapping = {"x": torch.full((3,), step, device="cpu"), "n": step}
+            with exchange(channel, mapping) as frame:
+                assert frame.mapping["x"].tolist() == [step] * 3
+        channel.close()
+    finally:
+        torch.set_default_device(None)
+
+
+def a_forked_child_takes_nothing_along(rank: int, open_: Open) -> None:
+    channel = open_()
+    for step in range(3):
+        if step == 1:
+            child = os.fork()
+            if child == 0:
+                del channel
+                gc.collect()
+                os._exit(0)
+            os.waitpid(child, 0)
+        with exchange(channel, {"step": step}) as frame:
+            assert frame.mapping == {"step": step}
+    channel.close()
 
 
 def a_group_of_some_ranks(rank: int, open_: Open) -> str:
@@ -345,6 +394,9 @@ HEALTHY: list[Callable[[int, Open], Any]] = [
     frames_cross_inference_mode,
     what_cannot_travel_leaves_the_ranks_in_step,
     released_frames_are_gone,
+    a_view_changed_in_place_changes_no_later_frame,
+    a_default_device_changes_nothing,
+    a_forked_child_takes_nothing_along,
     a_group_of_some_ranks,
     arguments_that_cannot_be_are_refused_on_all_ranks,
     waits_are_bounded_and_can_be_taken_up_again,

@@ -89,7 +89,7 @@ def test_hosts_end_with_who_made_them_however_that_ends(both):
     )
     maker = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=Path(hosts.__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(hosts.__file__).parent)},
         capture_output=True,
         text=True,
         timeout=30,

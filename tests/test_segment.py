@@ -153,7 +153,7 @@ def test_a_ring_that_was_left_takes_no_memory_and_its_mapping_stays_readable(seg
     ring, again = (Ring(segment, 0, offset, MIB, 4) for _ in range(2))
     ring.regions[3].tensor.fill_(9)
     assert again.regions[3].tensor[-1] == 9
-    ring.give_back()
+    segment.give_back(ring.offset, ring.slot_bytes * ring.slots)
     assert segment.reserved == 4 * PAGE
     assert again.regions[0].tensor[0] == 0
 
