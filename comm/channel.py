@@ -94,7 +94,8 @@ class Channel(Protocol):
 
         The frame returned holds what the receivers get, so that the source can use the very
         tensors it sent. Raises UnsupportedTypeError or ValueError, after which nothing has been
-        sent and the channel is as it was, and PeerLost, Closed, BrokenChannel.
+        sent and the channel is as it was, PublishTimeout if the others do not take earlier frames
+        in time, and PeerLost, Closed, BrokenChannel.
         """
         ...
 
@@ -146,7 +147,8 @@ def open_channel(
         "two-level": TwoLevelChannel,
         "process-group": ProcessGroupChannel,
     }
-    kind = transport if transport != "auto" else _suitable_transport(check_group(group, src))
+    suitable = _agree(check_group(group, src), src, transport)
+    kind = transport if transport != "auto" else suitable
     while True:
         try:
             return kinds[kind](
@@ -165,12 +167,13 @@ def open_channel(
             kind = "process-group"
 
 
-def _suitable_transport(group: dist.ProcessGroup) -> str:
-    """What suits where the ranks are; a collective call."""
+def _agree(group: dist.ProcessGroup, src: int, transport: str) -> str:
+    """The transport that suits where the ranks are; ValueError if they want different things."""
     from .endpoint import meeting_place
     from .peers import Peers
 
-    peers = Peers.exchange(group, meeting_place(group), {})
+    agreement = {"src": src, "transport (its place in TRANSPORTS)": TRANSPORTS.index(transport)}
+    peers = Peers.exchange(group, meeting_place(group), agreement)
     peers.close()
     if peers.on_one_host:
         return "shared-memory"

@@ -80,6 +80,7 @@ class RingReader:
         self._sleeper = SLEEPERS * 8 + index
         self._wakes_writer = self._control.taken(index)
         self._ring: Ring
+        self._words[self._beat] = time.monotonic_ns()
         self._generation = -1  # the first frame leads to the first ring, as to every later one
         self._next_base = table_entry(0) + BASE
 
@@ -91,7 +92,8 @@ class RingReader:
         """
         words = self._words
         if words[PUBLISHED] >= (self.position + 1) << 1:
-            self._cadence.arrived(time.monotonic_ns())
+            now_ns = words[self._beat] = time.monotonic_ns()
+            self._cadence.arrived(now_ns)
         else:
             self._await(timeout_s)
         if self._weak:

@@ -36,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_run_options(demo, **_demo_defaults())
     bench = commands.add_parser("bench", help="measure what onecast claims", add_help=False)
-    bench.add_argument("what", choices=BENCHES)
+    bench.add_argument("what", choices=BENCHES, nargs="?", metavar="BENCH", help=", ".join(BENCHES))
     commands.add_parser(
         "gpu-check", help="run all tests and benchmarks that need a GPU", add_help=False
     )
     options, rest = parser.parse_known_args(argv)
+    if options.command == "bench" and options.what is None:
+        bench.print_help()
+        return 0 if {"-h", "--help"} & {*rest} else 2
     if options.command == "bench":
         return _bench(options.what, rest)
     if options.command == "gpu-check":

@@ -519,3 +519,12 @@ def test_the_death_of_any_rank_is_told_by_name_to_all_others(name, tmp_path):
         print(name, [f"{one:.3f} s" for one in seconds])
         assert max(seconds) < LOST_S, seconds
     assert stray_segments() <= segments
+
+
+def want_different_transports(rank: int) -> None:
+    with pytest.raises(ValueError, match="the ranks disagree about transport"):
+        open_channel(transport=("shared-memory", "process-group")[rank])
+
+
+def test_ranks_that_want_different_transports_are_told_so():
+    run_ranks(want_different_transports, 2)
