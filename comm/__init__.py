@@ -1,4 +1,4 @@
-"""How bytes reach the other ranks: one mapping, one frame, one broadcast."""
+"""How bytes reach the other ranks: one mapping, one frame, by shared memory or one broadcast."""
 
 from .channel import Channel, Frame, open_channel
 from .errors import (

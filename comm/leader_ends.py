@@ -7,7 +7,7 @@ import contextlib
 import time
 
 from .errors import Closed, FrameError, PublishTimeout, ReceiveTimeout
-from .frame_ring import LEFT, PUBLISHED
+from .frame_ring import PUBLISHED
 from .header import CLOSES
 from .mirror import Mirror
 from .region import Region
@@ -28,9 +28,7 @@ class NodeWriter(RingWriter):
 
     def has_left(self, rank: int) -> bool:
         """Whether this reader closed; from then on its process may end."""
-        if rank not in self._readers:
-            return False
-        return self._words[self._control.takens[self._readers.index(rank)]] == LEFT
+        return rank in self._readers and self._control.has_left(self._readers.index(rank))
 
     def is_closed(self) -> bool:
         """Whether the readers were told that there is no more."""

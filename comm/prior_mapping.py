@@ -138,6 +138,6 @@ def _blame(structure: Structure) -> str:
     for key, value in structure:
         try:
             pickle.dumps((key, value))
-        except Exception:
+        except Exception:  # whatever the value's own methods raise
             return f"{key}: object of type {type(value).__qualname__} that pickle refuses"
     return "the mapping"

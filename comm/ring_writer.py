@@ -83,10 +83,6 @@ class RingWriter:
         self._looked_ns = 0
         self._begin_ring(control_bytes(len(readers)), FIRST_SLOT_BYTES, _SLOTS)
 
-    @property
-    def slot_bytes(self) -> int:
-        return self._ring.slot_bytes
-
     def reserve(self, nbytes: int) -> Region:
         """Memory for the next frame; until `publish` it can be written again and again.
 
