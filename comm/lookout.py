@@ -18,6 +18,7 @@ _SLICE_NS = 250_000_000  # of a wait, between two looks at the peers
 _LATELY_NS = 100_000_000  # between two looks of a source that never has to wait
 _GRACE_NS = 250_000_000  # for what a rank had sent before it ended to arrive
 _SETTLE_S = 1.0  # for a rank's end to be known after a connection to it was lost
+_HEAR_S = 6.0  # for a store that is slow to tell of it: one answer, and a bit
 _TURNS = 8  # of spinning between two looks at the clock
 _CENSUS_NS = 20_000_000  # between two looks at how many threads want a core
 
@@ -113,10 +114,13 @@ class Lookout:
 
     def find_gone(self) -> tuple[int | None, str] | None:
         """The same after a connection was lost: who lost it is known a moment later."""
-        deadline = time.monotonic() + _SETTLE_S
+        board, begin = self._board, time.monotonic()
+        looks = board.looks + 2 if board is not None else 0  # the one under way may be too early
         while True:
             gone = self.gone()
-            if gone is not None or time.monotonic() >= deadline:
+            waited_s = time.monotonic() - begin
+            heard = board is None or board.looks >= looks or board.silence is not None
+            if gone is not None or waited_s >= (_SETTLE_S if heard else _HEAR_S):
                 return gone
             time.sleep(0.01)
 

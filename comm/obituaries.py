@@ -22,7 +22,8 @@ from torch.distributed import distributed_c10d as c10d
 _TICK_S = 0.25  # between two looks at the board
 _BEAT_S = 1.0  # between two signs of life
 _STORE_TIMEOUT_S = 5.0  # for one answer of the store
-_FLUSH_S = 1.0  # what the last words of a rank may take
+_ASK_S = 1.0  # for the ages of others, which only make a message better
+_FLUSH_S = 6.0  # what the last words of a rank may take: one answer of the store, and a bit
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Obituaries:
         # Who is gone, and why; reading it costs nothing.
         self.heard: tuple[int | None, str] | None = None
         self.silence: str | None = None  # why nothing can be heard any more
+        self.looks = 0  # at the board, that are over
         self._shared = store
         self._prefix = f"onecast/{board}"
         self._store: c10d.Store | None = None  # the thread's own connection
@@ -63,7 +65,7 @@ class Obituaries:
         with self._lock:
             self._asked, self._ages = [*ranks], None
             self._lock.notify_all()
-            self._lock.wait_for(lambda: self._ages is not None or self.silence, _FLUSH_S)
+            self._lock.wait_for(lambda: self._ages is not None or self.silence, _ASK_S)
             return self._ages or {}
 
     def close(self) -> None:
@@ -90,6 +92,7 @@ class Obituaries:
             if self.heard is None and store.check(["gone"]):
                 rank, _, why = store.get("gone").decode(errors="replace").partition(" ")
                 self.heard = (None if rank == "?" else int(rank), why)
+            self.looks += 1
             if beats:
                 store.set(f"alive/{self._own_rank}", repr(time.time()))
             if asked:

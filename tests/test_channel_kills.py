@@ -33,7 +33,7 @@ LOST_S = 3.0  # a second is promised to a machine that has time
 WORLD_S = 40.0
 # Leaders of hosts that connect to one who has died wait for all of the channel's time-out; and the
 # store of torch at times answers nobody for 5 s when ranks connect to it at once.
-TWO_LEVEL_TIMEOUT_S, TWO_LEVEL_LOST_S = 8.0, 15.0
+TWO_LEVEL_TIMEOUT_S, TWO_LEVEL_LOST_S = 8.0, 20.0
 RANKS = 3
 SOURCE = 0
 
