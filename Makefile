@@ -31,10 +31,22 @@ test: install tools ## the tests; ends with pytest's closing line (ARGS="-k name
 test-slow: install tools ## the long ones: soak, fuzzing, kills, larger models
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# Two hosts made of network namespaces: without iproute2 those tests are skipped, and say so.
+# Debian's packages that tests use: two hosts made of network namespaces, a real browser, a real
+# Prometheus. Without one of them its tests are skipped, and say so. Prometheus is only unpacked, here:
+# to install it would start a server.
+UNPACKED := $(CURDIR)/build/tools
+export PATH := $(PATH):$(UNPACKED)/usr/bin
+
 tools:
-	@command -v ip >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y iproute2 >/dev/null; } \
-	  || echo "iproute2 is missing and cannot be installed here: tests across hosts will be skipped"
+	@missing=; for tool in ip:iproute2 chromium:chromium; do \
+	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
+	test -z "$$missing" || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; } \
+	  || echo "missing, and cannot be installed here:$$missing; the tests that need it will be skipped"
+	@command -v promtool >/dev/null || { mkdir -p $(UNPACKED) && cd $(UNPACKED) && \
+	  { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+	  dpkg -x prometheus_*.deb . && rm prometheus_*.deb; } \
+	  || echo "prometheus is missing and cannot be unpacked here: the tests with it will be skipped"
 
 lint: install ## ruff and mypy --strict
 	$(BIN)/ruff check .
