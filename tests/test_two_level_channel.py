@@ -33,6 +33,7 @@ from onecast.comm import (
     peers,
     two_level,
 )
+from onecast.comm.obituaries import Obituaries
 from onecast.comm.testing import RankFailed, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -353,6 +354,24 @@ def test_a_death_on_any_host_is_told_to_all_ranks(layout, src, victim, names, tm
     with pytest.raises(RankFailed, match="SIGKILL") as failed:
         run_ranks(lose_one, len(layout), layout, src, victim, str(tmp_path))
     assert_all_are_told(failed.value, len(layout), victim, names, tmp_path)
+
+
+def lose_one_by_a_slow_store(rank: int, victim: int, folder: str) -> tuple[Any, float]:
+    connect = Obituaries._connect
+
+    def slow(board: Any) -> Any:
+        time.sleep(1.5)  # a name server that does not answer takes longer
+        return connect(board)
+
+    Obituaries._connect = slow  # type: ignore[method-assign]
+    return lose_one(rank, "aabb", 0, victim, folder)
+
+
+def test_nobody_is_blamed_for_passing_the_news_on_while_the_store_is_slow(tmp_path):
+    with pytest.raises(RankFailed, match="SIGKILL") as failed:
+        run_ranks(lose_one_by_a_slow_store, 4, 3, str(tmp_path))
+    results = failed.value.results
+    assert [results[rank][0] for rank in (0, 1, 2)] == [3, 3, 3], failed.value.details
 
 
 def outlive_the_groups(rank: int) -> None:
