@@ -5,9 +5,10 @@ of `Backend` for those who call one directly, and `Work.wait`, where Gloo's oper
 `instrument` and `uninstrument` are neighbours and undo each other exactly. Knows nothing of files,
 metrics or spans: a recorder is anything with the four methods below.
 
-Recorded: operation (torch.distributed's name for it), group, group size, a sequence number per
-group and operation (the same on all ranks, which call collectives in the same order; send and recv
-count on their own), dtype, begin, end, error and payload bytes. The payload follows nccl-tests,
+Recorded: operation (torch.distributed's name for it), group, group size, its number among the
+group's collectives (the same on all ranks, which call them in the same order; send and recv are
+counted apart), dtype, begin, end, how long after its begin it was waited for, error and payload
+bytes. The payload follows nccl-tests,
 so that all ranks of an operation agree: the tensor for all_reduce, broadcast, reduce, send and
 recv; the gathered whole (one rank's share times the group size) for all_gather and gather; the
 unscattered whole for reduce_scatter and scatter; all that a rank sends for all_to_all; 0 for
@@ -28,12 +29,13 @@ must start fast.
 import itertools
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, Protocol
 
-from .ring import COLLECTIVE, UNWAITED, pack_meta, with_dtype
+from .ring import COLLECTIVE, OK, UNWAITED, is_point_to_point, pack_meta, with_dtype
 
 
 class Recorder(Protocol):
@@ -42,7 +44,7 @@ class Recorder(Protocol):
     @property
     def begin(self) -> Callable[[int, int, int], int]: ...
     @property
-    def end(self) -> Callable[..., None]: ...
+    def end(self) -> Callable[..., None]: ...  # (ticket, aux=OK)
     def fail(self, ticket: int, error: BaseException) -> None: ...
     def intern(self, name: str) -> int: ...
     def set_coverage(self, group: int, unrecorded: int) -> None: ...
@@ -97,32 +99,36 @@ class _Group:
         self.entry = recorder.intern(f"{label}\t{unique}")
         self.handle = weakref.ref(handle)
         self.base = handle._get_sequence_number_for_group()
+        self.next_collective = itertools.count(1).__next__
+        self.next_point_to_point = itertools.count(1).__next__
         self.operations: dict[str, _Operation] = {}
         self.unrecorded = 0
 
 
 class _Operation:
-    """One operation of one group: its meta words by dtype and its sequence numbers.
+    """One operation of one group: its meta words by dtype, its calls, where its numbers come from.
 
     `numbers` is by how much one call moves the group's own sequence number, seen at the first:
     1 as a rule, but 2 for Gloo's reduce_scatter of two ranks and 0 for NCCL's point-to-point.
     """
 
-    __slots__ = ("group_size", "last", "meta", "metas", "next_sequence", "numbers", "refused")
+    __slots__ = ("calls", "group_size", "meta", "metas", "next_sequence", "numbers", "refused")
 
-    def __init__(self, meta: int, group_size: int) -> None:
+    def __init__(self, meta: int, group: _Group, name: str) -> None:
         self.meta = meta
         self.metas: dict[Any, int] = {}
-        self.group_size = group_size
-        self.next_sequence = itertools.count(1).__next__
-        self.last = 0
+        self.group_size = group.size
+        self.next_sequence = (
+            group.next_point_to_point if is_point_to_point(name) else group.next_collective
+        )
+        self.calls = 0
         self.numbers: int | None = None
         self.refused = 0  # calls that raised before anything was issued
 
 
-# By id of a Work that nobody has waited for: a weak reference that fires if nobody will, and
-# its ticket. A subclass of weakref.ref with two attributes costs 40 ns more.
-_Pending = dict[int, tuple[weakref.ref[Any], int]]
+# By id of a Work that nobody has waited for: a weak reference that fires if nobody will, its
+# ticket, and when it began. A subclass of weakref.ref with attributes costs 40 ns more.
+_Pending = dict[int, tuple[weakref.ref[Any], int, int]]
 
 
 def _owner(handle: Any) -> Any:
@@ -214,7 +220,7 @@ class CollectiveInstrumentor:
                 continue
             issued = handle._get_sequence_number_for_group() - group.base
             recorded = sum(
-                (operation.last - operation.refused) * operation.numbers
+                (operation.calls - operation.refused) * operation.numbers
                 for operation in list(group.operations.values())
                 if operation.numbers is not None
             )
@@ -244,7 +250,7 @@ class CollectiveInstrumentor:
                 meta = pack_meta(
                     COLLECTIVE, recorder.intern(name), group.entry, group_size=group.size
                 )
-                operation = _Operation(meta, group.size)
+                operation = _Operation(meta, group, name)
                 group.operations[name] = operation
             return operation
 
@@ -257,13 +263,14 @@ class CollectiveInstrumentor:
         assert recorder is not None
         begin, end, fail, intern = recorder.begin, recorder.end, recorder.fail, recorder.intern
         attach, live, reference = self._attach, self._live, weakref.ref
+        now = time.perf_counter_ns
         known: dict[int, _Operation] = {}  # by id of the group
         watches: dict[int, weakref.ref[Any]] = {}  # take an id out again when its group is gone
         keywords = (_OUTPUTS, _INPUTS)[max(payload, 0)]
         direct = owner.__name__ == "Backend"
 
         def forget(watch: weakref.ref[Any]) -> None:
-            for key, (candidate, ticket) in list(pending.items()):
+            for key, (candidate, ticket, _) in list(pending.items()):
                 if candidate is watch:
                     del pending[key]
                     end(ticket, UNWAITED)
@@ -317,8 +324,9 @@ class CollectiveInstrumentor:
                     nbytes, meta = measure(operation, value)
                 if per_rank:
                     nbytes *= operation.group_size
-            operation.last = sequence = operation.next_sequence()
-            ticket = begin(meta, sequence, nbytes)
+            operation.calls += 1
+            begin_ns = now()
+            ticket = begin(meta, operation.next_sequence(), nbytes)
             try:
                 work = original(handle, *args, **kwargs)
             except BaseException as error:
@@ -332,7 +340,7 @@ class CollectiveInstrumentor:
             if work is None:
                 end(ticket)
             else:
-                pending[id(work)] = reference(work, forget), ticket
+                pending[id(work)] = reference(work, forget), ticket, begin_ns
             return work
 
         code = call.__code__
@@ -344,9 +352,11 @@ class CollectiveInstrumentor:
         assert recorder is not None
         end, fail = recorder.end, recorder.fail
         take = pending.pop
+        now = time.perf_counter_ns
 
         def wait(work: Any, timeout: Any = None) -> Any:
             found = take(id(work), None)
+            called_ns = now()
             try:
                 result = original(work) if timeout is None else original(work, timeout)
             except BaseException as error:
@@ -354,7 +364,7 @@ class CollectiveInstrumentor:
                     fail(found[1], error)
                 raise
             if found is not None:
-                end(found[1])
+                end(found[1], OK | max(0, called_ns - found[2]) << 8)
             return result
 
         return wait

@@ -19,10 +19,30 @@ A record is eight words:
     meta      kind: 4 bits | name: 12 | group: 12 | dtype: 12 | group size: 16   (low to high)
               name, group and dtype are indices into the names; a group's entry is
               "label \\t name unique in the cluster"
-    aux       OK: 0; ERROR: 1 | name of the exception type << 8; UNWAITED: 2; DISCARDED: 3
-              of a FRAME: metadata bytes (24 bits) | ns of its last part << 24
-    nbytes    of a FRAME: frame bytes (40 bits) | broadcasts << 40; of a STEP: its batch size
+    aux       low byte the status: OK 0, ERROR 1 | name of the exception type << 8, UNWAITED 2,
+              DISCARDED 3
     ticket+1  published last, by one aligned 8-byte store; 0 while the record is being written
+
+    kind        sequence             nbytes                  aux, and what else is special
+    COLLECTIVE  number in its group  payload                 OK: ns from begin to Work.wait << 8
+    PHASE       -                    -                       -
+    STEP_KIND   step                 batch size              -
+    FRAME       number               bytes (40 bits) |       metadata bytes (24 bits) |
+                                     broadcasts << 40        ns of its last part << 24
+    REQUEST     request number       prompt tokens |         0 ok, 1 error | queue us (28) << 8 |
+                                     generated << 32         us to first token (27) << 36
+                begin = arrival, meta name = finish reason
+    CONTEXT     trace id, high word  trace id, low word      parent span id
+                step = request number, meta group size = trace flags
+    SCHEDULED   request number       1 from this step, 0 not -
+    DEVICE      as its COLLECTIVE    as its COLLECTIVE       0
+                end = begin + ns on the device; comes late, in any order
+    GRAPH       manifest number      -                       -
+
+A collective's number counts all collectives of its group from 1 in the order they were called,
+so ranks agree on it; send and recv count apart and are never joined. What a collective exposed
+is end - (begin + (aux >> 8)). Only COLLECTIVE, PHASE, STEP_KIND and FRAME belong to the step in
+their step word. Ids of traces and spans are unsigned, kept as signed words.
 
 Times are time.perf_counter_ns() (CLOCK_MONOTONIC); the header holds what to add for time_ns().
 
@@ -45,7 +65,7 @@ from pathlib import Path
 from .errors import TelemetryError
 
 MAGIC = 0x31474E49524E4F  # "ONRING1"
-VERSION = 1
+VERSION = 2
 
 WORD = 8
 HEADER_BYTES = 4096
@@ -68,6 +88,8 @@ BEGIN, END, STEP, META, SEQUENCE, NBYTES, AUX, TICKET = range(8)
 # kinds
 NOTHING = 0
 COLLECTIVE, PHASE, STEP_KIND, FRAME = 1, 2, 3, 4
+REQUEST, CONTEXT, SCHEDULED, DEVICE, GRAPH = 5, 6, 7, 8, 9
+LAST_OF_STEP = FRAME  # kinds up to this one belong to the step in their step word
 # status (the low byte of aux)
 OK, ERROR, UNWAITED, DISCARDED = 0, 1, 2, 3
 
@@ -109,6 +131,11 @@ def meta_dtype(meta: int) -> int:
 
 def meta_group_size(meta: int) -> int:
     return meta >> _SIZE_SHIFT & 0xFFFF
+
+
+def is_point_to_point(op: str) -> bool:
+    """Whether ranks call it unequally often: then its numbers mean nothing to other ranks."""
+    return op in ("send", "recv")
 
 
 def process_start_time(pid: int) -> int | None:
@@ -158,6 +185,7 @@ class RingWriter:
     begin(meta, sequence, nbytes) -> ticket      opens a record
     end(ticket, status=OK)                       closes it
     record(begin_ns, end_ns, meta, sequence, nbytes, aux)   writes a finished one
+    record_in_step(step, begin_ns, ...)          the same, with a step word of its own
     set_nbytes(ticket, nbytes)                   what was not known at the beginning
     discard_step(ticket)                         there was no step after all: what its record holds
                                                  belongs to none; close it with DISCARDED
@@ -166,6 +194,7 @@ class RingWriter:
     begin: Callable[[int, int, int], int]
     end: Callable[..., None]
     record: Callable[[int, int, int, int, int, int], None]
+    record_in_step: Callable[[int, int, int, int, int, int, int], None]
     set_step: Callable[[int], None]
     set_nbytes: Callable[[int, int], None]
     discard_step: Callable[[int], None]
@@ -261,18 +290,23 @@ class RingWriter:
                 words[word + 6] = status
             words[word + 1] = now()
 
-        def record(
-            begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
+        def record_in_step(
+            step: int, begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
         ) -> None:
             nonlocal newest
             newest = ticket = next_ticket()
             slot = ticket & mask
             words[H_HEAD] = ticket + 1
             pack(
-                mapping, records + (slot << 6), begin_ns, end_ns, current_step, meta, sequence,
-                nbytes, aux, 0,
+                mapping, records + (slot << 6), begin_ns, end_ns, step, meta, sequence, nbytes,
+                aux, 0,
             )  # fmt: skip
             words[first_word + (slot << 3) + 7] = ticket + 1
+
+        def record(
+            begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
+        ) -> None:
+            record_in_step(current_step, begin_ns, end_ns, meta, sequence, nbytes, aux)
 
         def set_step(step: int) -> None:
             nonlocal current_step
@@ -288,7 +322,7 @@ class RingWriter:
             # What a reader has taken by now is out of reach: DISCARDED tells it about the rest.
             for ticket in range(since + 1, words[H_HEAD]):
                 word = first_word + ((ticket & mask) << 3)
-                if words[word + 7] != ticket + 1:
+                if words[word + 7] != ticket + 1 or meta_kind(words[word + 3]) > LAST_OF_STEP:
                     continue
                 words[word + 2] = -1
                 if meta_kind(words[word + 3]) == PHASE:
@@ -296,6 +330,7 @@ class RingWriter:
             set_step(-1)
 
         self.begin, self.end, self.record, self.set_step = begin, end, record, set_step
+        self.record_in_step = record_in_step
         self.set_nbytes, self.discard_step = set_nbytes, discard_step
 
     def intern(self, name: str) -> int:

@@ -60,10 +60,14 @@ class Drained:
 class RingReader:
     """Reads the ring of one rank.
 
+    A reader that follows another one starts at that one's `cursor` and `cut_ns`: it hands out
+    exactly what the other one did not. Without `since_ns`, what ended in between of the records
+    that were then in flight is left out. What was overwritten in between counts as lost.
+
     Raises TelemetryError if the file is no ring or one of another version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int = 0, since_ns: int | None = None) -> None:
         self.path = path
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -92,8 +96,19 @@ class RingReader:
         self.engine_id = self._text(ENGINE_ID_OFFSET)
         self.lost = 0
         self._names: list[str] = []
-        self._cursor = 0  # tickets below it have been looked at
-        self._open: npt.NDArray[np.int64] = np.empty(0, np.int64)  # looked at, not finished then
+        self._cursor = start  # tickets below it have been looked at
+        self._cut_ns = since_ns or 0
+        self._open: npt.NDArray[np.int64] = self._left_open(since_ns)  # not finished then
+
+    def _left_open(self, since_ns: int | None) -> npt.NDArray[np.int64]:
+        """Tickets below the cursor that the reader before had not handed out."""
+        tickets = np.arange(max(0, self._cursor - self.capacity), self._cursor, dtype=np.int64)
+        rows = self._records[tickets & (self.capacity - 1)]
+        unread = rows[:, END] == 0
+        if since_ns is not None:
+            unread |= rows[:, END] > since_ns
+        left: npt.NDArray[np.int64] = tickets[unread & (rows[:, TICKET] == tickets + 1)]
+        return left
 
     def _text(self, offset: int) -> str:
         length = int.from_bytes(self._mapping[offset : offset + 2], "little")
@@ -115,6 +130,17 @@ class RingReader:
     @property
     def head(self) -> int:
         return int(self._header[H_HEAD])
+
+    @property
+    def cursor(self) -> int:
+        """The first ticket that no drain has looked at yet."""
+        return self._cursor
+
+    @property
+    def cut_ns(self) -> int:
+        """perf_counter_ns of the last drain: of the tickets below the cursor, it and those before
+        it have handed out the records that ended by then."""
+        return self._cut_ns
 
     @property
     def values(self) -> list[int]:
@@ -145,7 +171,7 @@ class RingReader:
         A consistent cut: if a record is in it, so is every record that had ended before that one
         did (unless it was lost). Hence whoever sees the end of a step has seen its contents.
         """
-        cut_ns = time.perf_counter_ns()
+        self._cut_ns = cut_ns = time.perf_counter_ns()
         head = self._head()
         lost = 0
         oldest = head - self.capacity

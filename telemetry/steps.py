@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .ring import AUX, DISCARDED, META, STEP, STEP_KIND
+from .ring import AUX, DISCARDED, LAST_OF_STEP, META, STEP, STEP_KIND
 from .ring_reader import Rows
 
 _MAX_PENDING = 256  # steps that wait for a rank; beyond, the oldest go as they are
@@ -37,7 +37,7 @@ class StepJoiner:
         self.late = 0  # records that came after their step had left
 
     def add(self, rank: int, rows: Rows) -> None:
-        inside = rows[rows[:, STEP] >= 0]
+        inside = rows[(rows[:, STEP] >= 0) & ((rows[:, META] & 0xF) <= LAST_OF_STEP)]
         steps = inside[:, STEP]
         for step in np.unique(steps).tolist():
             chosen = inside[steps == step]

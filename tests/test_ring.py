@@ -79,6 +79,43 @@ def test_a_record_is_handed_out_once_and_only_when_it_has_ended(run_dir: str) ->
     assert len(drained.rows) == len(drained.pending) == drained.lost == 0
 
 
+def test_a_record_may_carry_another_step_than_the_current_one(run_dir: str) -> None:
+    ring = writer(run_dir)
+    reader = RingReader(ring.path)
+    ring.set_step(7)
+    device = layout.pack_meta(layout.DEVICE, 1, 2, 3, 4)
+    outer = ring.begin(layout.pack_meta(layout.STEP_KIND), 7, 0)
+    ring.record_in_step(3, 1000, 2000, device, 5, 64, -(2**63))
+    ring.discard_step(outer)  # the record is of another step, and of a kind that outlives one
+    ring.end(outer, layout.DISCARDED)
+    row, _ = sorted(reader.drain().rows.tolist())
+    assert row == [1000, 2000, 3, device, 5, 64, -(2**63), 2]
+
+
+def test_a_second_reader_goes_on_where_the_first_one_ended(run_dir: str) -> None:
+    ring = writer(run_dir, capacity=64)
+    first = RingReader(ring.path)
+    early, late, never = (ring.begin(META, sequence, 0) for sequence in (1, 2, 3))
+    ring.end(early)
+    assert first.drain().rows[:, layout.SEQUENCE].tolist() == [1]
+    assert first.cursor == 3
+    ring.end(late)
+    ring.end(ring.begin(META, 4, 0))
+    second = RingReader(ring.path, start=first.cursor, since_ns=first.cut_ns)
+    drained = second.drain()
+    assert drained.rows[:, layout.SEQUENCE].tolist() == [2, 4]
+    assert drained.pending[:, layout.SEQUENCE].tolist() == [3]
+    by_ticket = RingReader(ring.path, start=first.cursor).drain()
+    assert by_ticket.rows[:, layout.SEQUENCE].tolist() == [4], "nothing twice, whatever is left out"
+    assert by_ticket.pending[:, layout.SEQUENCE].tolist() == [3]
+    ring.end(never)
+    for sequence in range(100):
+        ring.end(ring.begin(META, sequence, 0))
+    third = RingReader(ring.path, start=second.cursor, since_ns=second.cut_ns)
+    drained = third.drain()
+    assert (len(drained.rows), drained.lost) == (64, 100 - 64)
+
+
 def test_overruns_are_counted_and_nothing_else_is_lost(run_dir: str) -> None:
     ring = writer(run_dir, capacity=64)
     reader = RingReader(ring.path)

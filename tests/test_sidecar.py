@@ -132,7 +132,7 @@ def test_two_ranks_are_counted_exactly_and_nothing_stays_behind() -> None:
             assert text[f"{name}_bucket", *bucket] == 100
             assert text["onecast_collective_payload_bytes_total", *series] == 100 * 2048
             assert text["onecast_collective_bus_bytes_total", *series] == 100 * 2048  # n = 2
-            assert text["onecast_collective_sequence", *series[:3]] == 100
+            assert text["onecast_collective_sequence", *series[:3]] == 119  # of the group
             assert text["onecast_step_duration_seconds_count", ("rank", rank)] == 20
             phase = (("phase", "model.forward"), ("rank", rank))
             assert text["onecast_step_phase_seconds_count", *phase] == 20
