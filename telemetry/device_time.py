@@ -37,7 +37,23 @@ can invalidate a capture of another thread. Operations between `_start_coalescin
 `_end_coalescing` of torch's coalescing manager are not timed: their kernels start at its end.
 """
 
+import ctypes
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Container
 from typing import Any, Protocol
+
+from .cuda_graphs import CaptureLog
+from .ring import DEVICE
+
+_logger = logging.getLogger(__name__)
+
+_LOOKS = 4  # operations looked at per operation that is issued: more than come in
+_LOOKS_A_STEP = 256  # and per stream at the end of a step
+_SIDE_STREAMS = 32
+_CU_STREAM_NON_BLOCKING = 1
 
 
 class DeviceTimer(Protocol):
@@ -47,7 +63,7 @@ class DeviceTimer(Protocol):
     timer.finished(mark, work, step, ...)     right after it, only with a mark
     timer.waited(mark, work)                  right after the Work's own wait has returned
     timer.dropped(mark)                       instead, if the call or the wait raised or the Work
-                                              was collected; also for a mark of a Work already waited
+                                              was collected
     """
 
     def issued(self, handle: Any, value: Any) -> Any | None:
@@ -65,3 +81,272 @@ class DeviceTimer(Protocol):
     def waited(self, mark: Any, work: Any) -> None: ...
 
     def dropped(self, mark: Any) -> None: ...
+
+
+class TimedRecorder(Protocol):
+    """Where device times go; `RingWriter` is one."""
+
+    @property
+    def record_in_step(self) -> Callable[[int, int, int, int, int, int, int], None]: ...
+
+
+class _Mark:
+    """One operation: its pair of events, and what its record will hold."""
+
+    __slots__ = ("begin", "begin_ns", "device", "end", "key", "meta", "nbytes", "sequence", "step",
+                 "stream")  # fmt: skip
+
+    begin_ns: int
+    key: int  # of the group
+    meta: int
+    nbytes: int
+    sequence: int
+    step: int
+    stream: Any  # that `begin` is on
+
+    def __init__(self, device: int, begin: Any, end: Any) -> None:
+        self.device = device
+        self.begin = begin
+        self.end = end
+
+
+class CudaDeviceTimer:
+    """Times operations on GPUs; one per ring. Safe for several threads.
+
+    At most `pool` operations per device are open at a time; what does not fit is not timed, and
+    counted. `skipped`: operations on a GPU without a device time, by reason:
+
+        pool_full   more operations open than events
+        over        over before the program waited for it, see above
+        capturing   a CUDA graph was being captured when it was waited for
+        unwaited    nobody waited for it, or the call or the wait failed
+        no_stream   the driver gave no stream to time operations with a Work on
+        unfinished  not over when the timer was closed
+        error       CUDA refused an event; logged once, and nothing is timed from then on
+    """
+
+    def __init__(
+        self, recorder: TimedRecorder, captures: CaptureLog, *, pool: int = 2048, cuda: Any = None,
+        coalescing: Container[Any] | None = None,
+        make_stream: Callable[[int], Any] | None = None,
+    ) -> None:  # fmt: skip
+        if pool < 1:
+            raise ValueError(f"pool is {pool}; it must be at least 1")
+        if cuda is None or coalescing is None:
+            import torch
+            from torch.distributed import distributed_c10d
+
+            cuda = torch.cuda if cuda is None else cuda
+            if coalescing is None:
+                coalescing = distributed_c10d._world.pg_coalesce_state
+        self.skipped: Counter[str] = Counter()
+        self.timed = 0
+        self._record = recorder.record_in_step
+        self._captures = captures
+        self._cuda = cuda
+        self._coalescing = coalescing
+        self._make_stream = make_stream or _DriverStreams(cuda).make
+        self._pool = pool
+        self._made: Counter[int] = Counter()  # marks, by device
+        self._free: dict[int, list[_Mark]] = {}
+        # Marks whose end is recorded, in the order of their stream: one list per device and stream.
+        self._lanes: dict[tuple[int, int], deque[_Mark]] = {}
+        self._turn: deque[deque[_Mark]] = deque()
+        self._side: dict[tuple[int, int], Any] = {}  # by device and group
+        self._lock = threading.Lock()
+        self._off = False
+
+    @property
+    def waiting(self) -> int:
+        """Operations whose time is not known yet."""
+        return sum(len(lane) for lane in list(self._lanes.values()))
+
+    # ---- around an operation
+
+    def issued(self, handle: Any, value: Any) -> Any | None:
+        tensor = value
+        while type(tensor) in (list, tuple):
+            if not tensor:
+                return None
+            tensor = tensor[0]
+        if not getattr(tensor, "is_cuda", False) or self._off:
+            return None
+        if self._captures.open or self._cuda.is_current_stream_capturing():
+            return None
+        if handle in self._coalescing:
+            return None
+        device: int = tensor.device.index
+        try:
+            self._look(_LOOKS)
+            mark = self._take(device)
+            if mark is None:
+                self.skipped["pool_full"] += 1
+                return None
+            mark.stream = self._cuda.current_stream(device)
+            mark.begin.record(mark.stream)
+        except RuntimeError as error:
+            self._give_up(error)
+            return None
+        mark.key = id(handle)
+        return mark
+
+    def finished(
+        self, mark: Any, work: Any | None, step: int, begin_ns: int, meta: int, sequence: int,
+        nbytes: int,
+    ) -> None:  # fmt: skip
+        mark.step, mark.begin_ns, mark.sequence, mark.nbytes = step, begin_ns, sequence, nbytes
+        mark.meta = meta & ~0xF | DEVICE
+        if work is None:
+            self._end(mark, mark.stream)
+
+    def waited(self, mark: Any, work: Any) -> None:
+        try:
+            with self._captures.lock:
+                capturing = self._captures.open > 0
+                over = capturing or work.is_completed()
+            stream = None if over else self._side_stream(mark)
+            if stream is None:
+                self._skip(mark, "capturing" if capturing else "over" if over else "no_stream")
+                return
+            with self._cuda.stream(stream):
+                work.synchronize()  # this stream waits, nobody else does
+        except RuntimeError as error:
+            self._give_up(error)
+            return
+        self._end(mark, stream)
+
+    def dropped(self, mark: Any) -> None:
+        self._skip(mark, "unwaited")
+
+    def _end(self, mark: _Mark, stream: Any) -> None:
+        try:
+            mark.end.record(stream)
+        except RuntimeError as error:
+            self._give_up(error)
+            return
+        key = mark.device, stream.cuda_stream
+        lane = self._lanes.get(key)
+        if lane is None:
+            with self._lock:
+                lane = self._lanes.setdefault(key, deque())
+                self._turn.append(lane)
+        mark.stream = None
+        lane.append(mark)
+
+    def _skip(self, mark: _Mark, reason: str) -> None:
+        self.skipped[reason] += 1
+        mark.stream = None
+        self._free[mark.device].append(mark)
+
+    # ---- later
+
+    def resolve(self) -> None:
+        """Once a step: write down what is known by now, a bounded number of operations."""
+        if self._off or not self._turn or self._cuda.is_current_stream_capturing():
+            return
+        try:
+            for _ in range(len(self._turn)):
+                self._look(_LOOKS_A_STEP)
+        except RuntimeError as error:
+            self._give_up(error)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Give what is still running a moment to end; what does not is counted as unfinished."""
+        deadline = time.monotonic() + timeout_s
+        while self.waiting and not self._off:
+            before = self.waiting
+            self.resolve()
+            if self.waiting == before:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.001)
+        if self.waiting:
+            self.skipped["unfinished"] += self.waiting
+        self._off = True
+        self._lanes.clear()
+        self._turn.clear()
+        self._side.clear()
+
+    def _look(self, limit: int) -> None:
+        """Ask after the oldest operations of one stream, the streams taking turns."""
+        if not self._turn or not self._captures.lock.acquire(blocking=False):
+            return
+        try:
+            if self._captures.open:
+                return
+            lane = self._turn[0]
+            self._turn.rotate(-1)
+            for _ in range(limit):
+                if not lane or not (lane[0].end.query() and lane[0].begin.query()):
+                    return
+                self._write(lane.popleft())
+        finally:
+            self._captures.lock.release()
+
+    def _write(self, mark: _Mark) -> None:
+        duration_ns = round(mark.begin.elapsed_time(mark.end) * 1e6)
+        self._record(
+            mark.step, mark.begin_ns, mark.begin_ns + duration_ns, mark.meta, mark.sequence,
+            mark.nbytes, 0,
+        )  # fmt: skip
+        self.timed += 1
+        self._free[mark.device].append(mark)
+
+    # ---- events and streams
+
+    def _take(self, device: int) -> _Mark | None:
+        free = self._free.get(device)
+        if free is None:
+            free = self._free.setdefault(device, [])
+        try:
+            return free.pop()
+        except IndexError:
+            if self._made[device] >= self._pool:
+                return None
+            self._made[device] += 1
+            event = self._cuda.Event
+            return _Mark(device, event(enable_timing=True), event(enable_timing=True))
+
+    def _side_stream(self, mark: _Mark) -> Any | None:
+        key = mark.device, mark.key
+        if key not in self._side:
+            of_device = [stream for (device, _), stream in self._side.items() if device == key[0]]
+            if len(of_device) >= _SIDE_STREAMS:  # groups come and go: one more shares a stream
+                self._side[key] = of_device[mark.key // 16 % _SIDE_STREAMS]
+            else:
+                self._side[key] = self._make_stream(mark.device)
+        return self._side[key]
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """An error of CUDA stays with the process: the program will hear of it by itself."""
+        self.skipped["error"] += 1
+        if not self._off:
+            self._off = True
+            _logger.warning("no more device times of collectives: %s", error)
+
+
+class _DriverStreams:
+    """Non-blocking streams straight from the driver, kept until the process ends.
+
+    They are not destroyed: a group may outlive the timer's interest in it, and torch still holds
+    events that were recorded on them.
+    """
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+
+    def make(self, device: int) -> Any | None:
+        """A stream of this device; None, told once, if the driver gives none."""
+        try:
+            create = ctypes.CDLL("libcuda.so.1").cuStreamCreate
+        except (OSError, AttributeError) as error:
+            _logger.warning("no device times of asynchronous collectives: %s", error)
+            return None
+        handle = ctypes.c_void_p()
+        with self._cuda.device(device):
+            self._cuda.Event().record(self._cuda.current_stream(device))  # its context, made ours
+            code = create(ctypes.byref(handle), _CU_STREAM_NON_BLOCKING)
+        if code != 0 or handle.value is None:
+            _logger.warning("no device times of asynchronous collectives: driver error %d", code)
+            return None
+        return self._cuda.ExternalStream(handle.value, device=device)
