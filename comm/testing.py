@@ -91,12 +91,12 @@ def run_ranks(
     """
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}, at least 1 is needed")
+    context = _context(fork=hosts is None)
     hosts = hosts if hosts is not None else _OneHost()
     address = hosts.address
     store = hosts.listen(
         lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False),  # type: ignore[attr-defined]
     )
-    context = multiprocessing.get_context("spawn")
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="onecast-ranks-") as folder:
         try:
@@ -104,12 +104,14 @@ def run_ranks(
                 here, there = context.Pipe()
                 stacks = Path(folder, f"stacks-{rank}")
                 setup = (rank, world_size, address, store.port, backend, timeout_s, str(stacks))
-                process = context.Process(target=_rank_main, args=(there, setup, function, args))
                 settings = {
                     **_rank_environment(rank, world_size),
                     **hosts.environment(rank),
                     **(env or {}),
                 }
+                process = context.Process(
+                    target=_rank_main, args=(there, setup, settings, function, args)
+                )
                 with _environment(settings):
                     hosts.start(rank, process.start)
                 there.close()
@@ -119,6 +121,18 @@ def run_ranks(
         finally:
             for one in ranks:
                 one.reap()
+
+
+def _context(fork: bool) -> Any:
+    """How processes are started: forked from a server that has imported torch, or spawned.
+
+    To import torch takes each spawned process two seconds of a core. The server is this process's
+    own, uses no thread and no device, and ends with it; a rank on another host cannot come from it.
+    """
+    context = multiprocessing.get_context("forkserver" if fork else "spawn")
+    if fork:
+        context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    return context
 
 
 class _OneHost:
@@ -257,11 +271,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _rank_main(
     pipe: Connection,
     setup: tuple[int, int, str, int, str, float, str],
+    settings: Mapping[str, str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     rank, world_size, address, port, backend, timeout_s, stacks = setup
     os.setsid()  # what this rank starts is reaped with it
+    os.environ.update(settings)  # a server that forks has an environment from before
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
