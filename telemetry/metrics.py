@@ -1,28 +1,33 @@
-"""What Prometheus reads: a collector that renders the node's totals when it is asked.
+"""What Prometheus reads: the node's totals as families, and the page made of them.
 
-Owns metric names, helps and label order. Counts nothing itself.
+Owns which total goes into which series of the `catalogue`. Counts nothing itself.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from .aggregate import Aggregate, GroupKey
-from .histograms import Histogram
-from .values import METRIC_HELP, VALUES
-
-_GROUP_LABELS = ["op", "group", "rank"]
-_SERIES_LABELS = ["op", "group", "size", "rank"]
+from .arrivals import UNJOINED
+from .catalogue import CATALOGUE
+from .exposition import (
+    OPENMETRICS_TYPE,
+    TEXT_TYPE,
+    Exposition,
+    Family,
+    Histograms,
+    Numbers,
+    prefers_openmetrics,
+)
+from .histograms import HistogramTable
+from .values import VALUES
 
 
 @dataclass
@@ -42,6 +47,9 @@ class Snapshot:
     aggregate: Aggregate
     ranks: list[RankState]
     dropped: Mapping[tuple[str, str], int]  # (signal, reason)
+    # ("hang" | "desync", op, group label): how often one was found
+    found: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    sidecar_restarts: int = 0
 
 
 def package_version() -> str:
@@ -51,158 +59,182 @@ def package_version() -> str:
         return "unknown"
 
 
+class MetricsPage:
+    """`/metrics`. `snapshot` gives what there is and holds it still while it is copied.
+
+    Copying takes a millisecond or two; the text is made when the snapshot has been let go.
+    """
+
+    def __init__(self, snapshot: Callable[[], AbstractContextManager[Snapshot]]) -> None:
+        self._snapshot = snapshot
+        self._exposition = Exposition()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def content_type(accept: str | None) -> str:
+        """The one of the two formats that an Accept header asks for."""
+        return OPENMETRICS_TYPE if prefers_openmetrics(accept) else TEXT_TYPE
+
+    def render(self, content_type: str) -> bytes:
+        """The page as of now. Any thread may call it; one at a time renders."""
+        with self._lock:
+            with self._snapshot() as snapshot:
+                families = families_of(snapshot)
+            return self._exposition.render(families, openmetrics=content_type == OPENMETRICS_TYPE)
+
+
+def families_of(snapshot: Snapshot) -> list[Family]:
+    """Everything as copies: the snapshot may change afterwards."""
+    return [
+        *_collectives(snapshot),
+        *_steps_and_frames(snapshot.aggregate),
+        *_requests(snapshot.aggregate),
+        *_ranks(snapshot.ranks),
+        _numbers("onecast_telemetry_dropped_total", sorted(snapshot.dropped.items())),
+        _numbers("onecast_sidecar_restarts_total", [((), snapshot.sidecar_restarts)]),
+        _numbers("onecast_build_info", [((package_version(), snapshot.engine_id), 1)]),
+    ]
+
+
+def _numbers(name: str, samples: Any) -> Numbers:
+    return Numbers(
+        CATALOGUE[name],
+        [(tuple(str(part) for part in labels), number) for labels, number in samples],
+    )
+
+
+def _histograms(name: str, *parts: tuple[HistogramTable[Any], tuple[str, ...]]) -> Histograms:
+    return Histograms(CATALOGUE[name], [(table.freeze(), further) for table, further in parts])
+
+
+def _collectives(snapshot: Snapshot) -> list[Family]:
+    aggregate = snapshot.aggregate
+    totals, graphs = aggregate.totals, aggregate.graphs
+    durations = totals.durations.freeze()
+    calls: list[tuple[tuple[Any, ...], float]] = [
+        ((*key, "eager"), count)
+        for key, count in zip(durations.keys, durations.cumulative[:, -1].tolist(), strict=True)
+    ]
+    calls += [((*key, "graph"), count) for key, count in graphs.collectives.items()]
+    return [
+        Histograms(
+            CATALOGUE["onecast_collective_duration_seconds"],
+            [
+                (durations, ("host", "eager")),
+                (totals.device.freeze(), ("device", "eager")),
+            ],
+        ),
+        _histograms("onecast_collective_arrival_wait_seconds", (totals.waits, ())),
+        _histograms("onecast_collective_transfer_seconds", (totals.transfers, ())),
+        _numbers("onecast_collective_last_arrivals_total", totals.last_arrivals.items()),
+        _numbers(
+            "onecast_collective_unjoined_total",
+            [((reason,), totals.joiner.unjoined[reason]) for reason in UNJOINED],
+        ),
+        _numbers("onecast_collective_payload_bytes_total", totals.payload_bytes.items()),
+        _numbers("onecast_collective_bus_bytes_total", totals.bus_bytes.items()),
+        _numbers("onecast_collective_calls_total", calls),
+        _numbers("onecast_collective_graph_payload_bytes_total", graphs.payload_bytes.items()),
+        _numbers("onecast_collective_graph_bus_bytes_total", graphs.bus_bytes.items()),
+        _histograms("onecast_graph_launch_seconds", (graphs.launches, ())),
+        _numbers(
+            "onecast_collective_errors_total",
+            [((*key, error), count) for (key, error), count in totals.errors.items()],
+        ),
+        _numbers("onecast_collective_sequence", totals.sequence.items()),
+        *(
+            _numbers(
+                f"onecast_{kind}s_total",
+                [
+                    ((op, group), n)
+                    for (what, op, group), n in snapshot.found.items()
+                    if what == kind
+                ],
+            )
+            for kind in ("hang", "desync")
+        ),
+    ]
+
+
+def _steps_and_frames(aggregate: Aggregate) -> list[Family]:
+    return [
+        _histograms("onecast_step_duration_seconds", (aggregate.steps, ())),
+        _histograms("onecast_step_phase_seconds", (aggregate.phases, ())),
+        _histograms("onecast_step_exposed_communication_seconds", (aggregate.exposed, ())),
+        _histograms("onecast_frame_bytes", (aggregate.frame_bytes, ())),
+        _histograms("onecast_frame_metadata_bytes", (aggregate.frame_metadata_bytes, ())),
+        _histograms("onecast_frame_seconds", (aggregate.frame_parts, ())),
+        _numbers("onecast_frame_broadcasts_total", aggregate.frame_broadcasts.items()),
+    ]
+
+
+def _requests(aggregate: Aggregate) -> list[Family]:
+    requests = aggregate.requests
+    return [
+        _numbers("onecast_requests_total", requests.finished.items()),
+        _histograms("onecast_request_duration_seconds", (requests.durations, ())),
+        _histograms("onecast_request_queue_seconds", (requests.queued, ())),
+        _histograms("onecast_request_time_to_first_token_seconds", (requests.first_token, ())),
+    ]
+
+
+def _ranks(ranks: list[RankState]) -> list[Family]:
+    up: list[tuple[tuple[Any, ...], float]] = []
+    ages: list[tuple[tuple[Any, ...], float]] = []
+    unrecorded: list[tuple[tuple[Any, ...], float]] = []
+    values: dict[str, list[tuple[tuple[Any, ...], float]]] = {
+        f"onecast_{value.metric}{'_total' if value.counter else ''}": [] for value in VALUES
+    }
+    for state in ranks:
+        up.append(((state.rank,), int(state.up)))
+        ages += [(tuple(key), age) for key, age in state.in_flight.items()]
+        unrecorded += [((group, state.rank), count) for group, count in state.unrecorded.items()]
+        for index, number in state.values.items():
+            value = VALUES[index]
+            name = f"onecast_{value.metric}{'_total' if value.counter else ''}"
+            values[name].append(((*value.labels.values(), state.rank), number))
+    return [
+        _numbers("onecast_up", up),
+        _numbers("onecast_collective_in_flight_age_seconds", ages),
+        _numbers("onecast_collective_unrecorded_total", unrecorded),
+        *(_numbers(name, samples) for name, samples in values.items()),
+    ]
+
+
 class TelemetryCollector(Collector):
-    """Calls `snapshot` for every scrape; the context it gives keeps the totals still."""
+    """The same for a registry of prometheus_client, without exemplars."""
 
     def __init__(self, snapshot: Callable[[], AbstractContextManager[Snapshot]]) -> None:
         self._snapshot = snapshot
 
-    def describe(self) -> list[Metric]:
+    def describe(self) -> list[prometheus_client.Metric]:
         return []  # so that registering does not collect
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[prometheus_client.Metric]:
         with self._snapshot() as snapshot:
-            yield from list(_families(snapshot))
+            families = families_of(snapshot)
+        return map(_as_prometheus, families)
 
 
-def _families(snapshot: Snapshot) -> Iterator[Metric]:
-    build = GaugeMetricFamily(
-        "onecast_build_info",
-        "Version of onecast and id of the engine",
-        labels=["version", "engine"],
+def _as_prometheus(family: Family) -> Any:
+    name, kind, labels, text = family.metric
+    if isinstance(family, Histograms):
+        histogram: Any = HistogramMetricFamily(name, text, labels=labels)
+        for frozen, further in family.parts:
+            bounds = [*map(repr, frozen.scale.bounds), "+Inf"]
+            for key, counts, total in zip(frozen.keys, frozen.cumulative, frozen.sums, strict=True):
+                values = key if isinstance(key, tuple) else (key,)
+                histogram.add_metric(
+                    [*map(str, values), *further],
+                    list(zip(bounds, map(float, counts), strict=True)),
+                    float(total),
+                )
+        return histogram
+    numbers: Any = (
+        CounterMetricFamily(name.removesuffix("_total"), text, labels=labels)
+        if kind == "counter"
+        else GaugeMetricFamily(name, text, labels=labels)
     )
-    build.add_metric([package_version(), snapshot.engine_id], 1)
-    yield build
-    yield from _collectives(snapshot.aggregate)
-    yield from _steps_and_frames(snapshot.aggregate)
-    yield from _ranks(snapshot.ranks)
-    dropped = CounterMetricFamily(
-        "onecast_telemetry_dropped",
-        "Records, steps and spans that telemetry lost or left out",
-        labels=["signal", "reason"],
-    )
-    for (signal, reason), count in sorted(snapshot.dropped.items()):
-        dropped.add_metric([signal, reason], count)
-    yield dropped
-
-
-def _collectives(totals: Aggregate) -> Iterator[Metric]:
-    durations = HistogramMetricFamily(
-        "onecast_collective_duration_seconds",
-        "Time from a collective's call to the end of its wait, without failed ones",
-        labels=[*_SERIES_LABELS, "clock", "mode"],
-    )
-    payload = CounterMetricFamily(
-        "onecast_collective_payload_bytes",
-        "Payload of collectives, in the sense of nccl-tests",
-        labels=_SERIES_LABELS,
-    )
-    bus = CounterMetricFamily(
-        "onecast_collective_bus_bytes",
-        "Payload times nccl-tests' bus factor of the operation",
-        labels=_SERIES_LABELS,
-    )
-    for key, histogram in totals.collectives.items():
-        labels = [key.op, key.group, key.size, str(key.rank)]
-        durations.add_metric([*labels, "host", "eager"], histogram.buckets(), histogram.sum)
-        payload.add_metric(labels, totals.payload_bytes[key])
-        bus.add_metric(labels, totals.bus_bytes[key])
-    yield from (durations, payload, bus)
-    errors = CounterMetricFamily(
-        "onecast_collective_errors",
-        "Collectives that raised",
-        labels=[*_GROUP_LABELS, "error_type"],
-    )
-    for (group_key, error_type), count in totals.errors.items():
-        errors.add_metric([*_labels(group_key), error_type], count)
-    yield errors
-    sequence = GaugeMetricFamily(
-        "onecast_collective_sequence",
-        "Sequence number of the last finished collective of this operation and group",
-        labels=_GROUP_LABELS,
-    )
-    for group_key, number in totals.sequence.items():
-        sequence.add_metric(_labels(group_key), number)
-    yield sequence
-
-
-def _steps_and_frames(totals: Aggregate) -> Iterator[Metric]:
-    yield _histograms(
-        "onecast_step_duration_seconds",
-        "Time of one engine step on one rank",
-        ["rank"],
-        {(str(rank),): histogram for rank, histogram in totals.steps.items()},
-    )
-    yield _histograms(
-        "onecast_step_phase_seconds",
-        "Time of one phase of a step",
-        ["phase", "rank"],
-        totals.phases,
-    )
-    labels = ["channel", "direction", "rank"]
-    yield _histograms("onecast_frame_bytes", "Size of a frame", labels, totals.frame_bytes)
-    yield _histograms(
-        "onecast_frame_metadata_bytes",
-        "Part of a frame that is neither tensor content nor padding",
-        labels,
-        totals.frame_metadata_bytes,
-    )
-    yield _histograms(
-        "onecast_frame_seconds",
-        "Time of the parts of sending a frame (encode, publish) and of getting one (wait, decode)",
-        ["channel", "part", "rank"],
-        totals.frame_parts,
-    )
-    broadcasts = CounterMetricFamily(
-        "onecast_frame_broadcasts", "Broadcasts that carried the frames", labels=labels
-    )
-    for key, count in totals.frame_broadcasts.items():
-        broadcasts.add_metric([str(part) for part in key], count)
-    yield broadcasts
-
-
-def _ranks(ranks: list[RankState]) -> Iterator[Metric]:
-    up = GaugeMetricFamily("onecast_up", "Whether the process of this rank runs", labels=["rank"])
-    ages = GaugeMetricFamily(
-        "onecast_collective_in_flight_age_seconds",
-        "Age of the oldest collective that has begun and not ended",
-        labels=_GROUP_LABELS,
-    )
-    unrecorded = CounterMetricFamily(
-        "onecast_collective_unrecorded",
-        "Collectives the group issued that were not recorded",
-        labels=["group", "rank"],
-    )
-    families: dict[str, Any] = {}
-    for value in VALUES:
-        if value.metric not in families:
-            family = CounterMetricFamily if value.counter else GaugeMetricFamily
-            families[value.metric] = family(
-                f"onecast_{value.metric}",
-                METRIC_HELP[value.metric],
-                labels=[*value.labels, "rank"],
-            )
-    for state in ranks:
-        rank = str(state.rank)
-        up.add_metric([rank], float(state.up))
-        for key, age in state.in_flight.items():
-            ages.add_metric(_labels(key), age)
-        for group, count in state.unrecorded.items():
-            unrecorded.add_metric([group, rank], count)
-        for index, number in state.values.items():
-            value = VALUES[index]
-            families[value.metric].add_metric([*value.labels.values(), rank], number)
-    yield from (up, ages, unrecorded, *families.values())
-
-
-def _labels(key: GroupKey) -> list[str]:
-    return [key.op, key.group, str(key.rank)]
-
-
-def _histograms(
-    name: str, text: str, labels: list[str], series: Mapping[tuple[Any, ...], Histogram]
-) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(name, text, labels=labels)
-    for key, histogram in series.items():
-        family.add_metric([str(part) for part in key], histogram.buckets(), histogram.sum)
-    return family
+    for values, number in family.samples:
+        numbers.add_metric(list(values), number)
+    return numbers
