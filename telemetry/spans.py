@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from .aggregate import group_label
 from .probe import unpack_frame
 from .ring import (
@@ -40,9 +43,17 @@ from .ring import (
 )
 from .steps import JoinedStep
 
+Words = npt.NDArray[np.int64]
+UnsignedWords = npt.NDArray[np.uint64]
+
 Attribute = str | int | bool
 _MASK64 = (1 << 64) - 1
 _ODD = 0x9E3779B97F4A7C15  # spreads ticket numbers over the 64 bits of a span id
+
+
+class Link(NamedTuple):
+    trace_id: int
+    span_id: int
 
 
 class Span(NamedTuple):
@@ -55,6 +66,10 @@ class Span(NamedTuple):
     end_ns: int
     attributes: dict[str, Attribute]
     error: str | None  # an exception's type, or why it never ended
+    links: tuple[Link, ...] = ()
+    dropped_links: int = 0
+    serves: bool = False  # it answers a caller: kind SERVER, and its parent is another program's
+    trace_state: str = ""
 
 
 @dataclass(slots=True)
@@ -80,6 +95,21 @@ def engine_span_id(engine_id: str, step: int) -> int:
 
 def worker_span_id(engine_id: str, step: int, rank: int) -> int:
     return _hash(8, engine_id, step, rank)
+
+
+def request_trace_id(engine_id: str, number: int) -> int:
+    """Of a request that came without a trace."""
+    return _hash(16, engine_id, number, "request trace")
+
+
+def request_span_id(engine_id: str, number: int) -> int:
+    return _hash(8, engine_id, number, "request")
+
+
+def child_span_ids(worker_id: int | UnsignedWords, tickets: Words) -> UnsignedWords:
+    """Ids of what a rank recorded inside a step; `tickets` are the records' ticket words."""
+    ids = np.asarray(worker_id, np.uint64) + tickets.astype(np.uint64) * np.uint64(_ODD)
+    return np.maximum(ids, np.uint64(1))  # zero is no id
 
 
 def _hash(nbytes: int, *parts: object) -> int:

@@ -2,17 +2,31 @@
 
 Owns which step is complete and when one is given up on. Knows neither spans nor files. A step
 is complete when every local rank has ended it and none of its operations is still in flight.
+Which requests it served follows from what the driver wrote when its batch changed.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .ring import AUX, DISCARDED, LAST_OF_STEP, META, STEP, STEP_KIND
+from .ring import (
+    AUX,
+    DISCARDED,
+    LAST_OF_STEP,
+    META,
+    NBYTES,
+    REQUEST,
+    SCHEDULED,
+    SEQUENCE,
+    STEP,
+    STEP_KIND,
+)
 from .ring_reader import Rows
 
 _MAX_PENDING = 256  # steps that wait for a rank; beyond, the oldest go as they are
+_MAX_CHANGES = 1 << 16  # of the batch, that wait for their step
 
 
 @dataclass(slots=True)
@@ -24,6 +38,7 @@ class JoinedStep:
     unfinished: dict[int, Rows] = field(
         default_factory=dict
     )  # in flight when the step was given up
+    requests: tuple[int, ...] = ()  # numbers of those in the step's batch, ascending
 
 
 class StepJoiner:
@@ -35,8 +50,10 @@ class StepJoiner:
         self._ended: dict[int, set[int]] = {}
         self._released = -1  # steps up to this one have left
         self.late = 0  # records that came after their step had left
+        self._batch = _Batch()
 
     def add(self, rank: int, rows: Rows) -> None:
+        self._batch.add(rows)
         inside = rows[(rows[:, STEP] >= 0) & ((rows[:, META] & 0xF) <= LAST_OF_STEP)]
         steps = inside[:, STEP]
         for step in np.unique(steps).tolist():
@@ -83,7 +100,39 @@ class StepJoiner:
             joined = {rank: np.concatenate(found) for rank, found in parts.items()}
             released.append(
                 JoinedStep(
-                    step, joined, {rank: rows for rank, rows in open_rows.items() if len(rows)}
+                    step,
+                    joined,
+                    {rank: rows for rank, rows in open_rows.items() if len(rows)},
+                    self._batch.at(step),
                 )
             )
         return released
+
+
+class _Batch:
+    """The requests in the engine's batch, step by step."""
+
+    def __init__(self) -> None:
+        # step, request number, in or out
+        self._changes: deque[tuple[int, int, bool]] = deque(maxlen=_MAX_CHANGES)
+        self._now: set[int] = set()
+        self._told: tuple[int, ...] = ()
+
+    def add(self, rows: Rows) -> None:
+        kinds = rows[:, META] & 0xF
+        for row in rows[(kinds == SCHEDULED) | (kinds == REQUEST)].tolist():
+            if row[META] & 0xF == SCHEDULED:
+                self._changes.append((row[STEP], row[SEQUENCE], bool(row[NBYTES])))
+            else:  # it is over, even if the record that says so was lost; its last step had it
+                self._changes.append((row[STEP] + 1, row[SEQUENCE], False))
+
+    def at(self, step: int) -> tuple[int, ...]:
+        """Of this step; steps are asked for in order. The same object while nothing changes."""
+        changed = False
+        while self._changes and self._changes[0][0] <= step:
+            _, number, inside = self._changes.popleft()
+            changed |= (number in self._now) != inside
+            (self._now.add if inside else self._now.discard)(number)
+        if changed:
+            self._told = tuple(sorted(self._now))
+        return self._told
