@@ -1,7 +1,7 @@
 """Wires telemetry into a run: the only module of the runtime that imports it.
 
-Owns which settings of a run become telemetry settings, and the shared-memory directory that the
-ranks of a node agree on. Everything else sees the `Observer` protocol.
+Owns which settings of a run become telemetry settings, and the end of the shared-memory directory
+that the ranks of a node meet in. Everything else sees the `Observer` protocol.
 """
 
 import os
@@ -13,11 +13,10 @@ from typing import Any
 from onecast.telemetry import (
     Session,
     TelemetrySettings,
-    agree_on_run_dir,
     name_run_dir,
-    remove_run_dir,
     start_session,
 )
+from onecast.telemetry.run_end import leave_if_last
 
 from .config import RankEnvironment, RunConfig
 from .observer import NullObserver, Observer
@@ -30,31 +29,33 @@ name_run_directory = name_run_dir
 def remove_run_directory(path: str) -> None:
     """Wait until the sidecar has written everything and removed `path`; else end both."""
     deadline = time.monotonic() + _SIDECAR_END_S
-    # Without a ring in it the directory was never used: the run ended before telemetry began.
-    while any(Path(path).glob("rank-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while Path(path).exists() and _sidecars(path) and time.monotonic() < deadline:
+        time.sleep(0.05)
     if Path(path).exists():
-        _kill_sidecar(path)
-        remove_run_dir(path)
+        for pid in _sidecars(path):  # one that is stopped or stuck must not outlive its run
+            os.kill(pid, signal.SIGKILL)
+        leave_if_last(path, TelemetrySettings.from_env().flight_dir)
 
 
-def _kill_sidecar(run_dir: str) -> None:
-    """A sidecar that is stopped or stuck must not outlive its run."""
+def _sidecars(run_dir: str) -> list[int]:
+    """Also of one that has not come so far as to say who it is."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (entry / "cmdline").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
         if run_dir.encode() in arguments:
-            os.kill(int(entry.name), signal.SIGKILL)
+            found.append(int(entry.name))
+    return found
 
 
 class RunTelemetry:
-    """Records every collective inside its `with`; the first local rank starts the node's sidecar.
+    """Records every collective inside its `with`; whoever comes first starts the node's sidecar.
 
-    Enter on every rank of the default group. ValueError: the metrics port is in use.
-    `metrics_url` and `report` are None where there is nothing to ask: on other ranks than the
-    first of a node, and without telemetry. `report` is there after the exit.
+    Enter on every rank of the default group. ValueError: the metrics port is in use. Where nothing
+    can be recorded, a warning says why and the run goes on. `metrics_url` is None then, and without
+    telemetry; `report`, there after the exit, also on other ranks than the first of a node.
     """
 
     def __init__(self, config: RunConfig, environment: RankEnvironment) -> None:
@@ -68,21 +69,23 @@ class RunTelemetry:
         config, environment = self._config, self._environment
         if config.no_telemetry:
             return NullObserver()
+        changes: dict[str, Any] = {
+            "metrics_host": config.metrics_host,
+            "metrics_port": config.metrics_port,
+        }
+        if config.trace is not None:
+            changes["trace_file"] = str(config.trace)
         self._session = start_session(
             rank=environment.rank,
             local_rank=environment.local_rank,
             world_size=environment.world_size,
             local_world_size=environment.local_world_size,
             engine_id=environment.run_id,
-            # Not the launcher makes it: killed at that moment, it would leave it behind.
-            run_dir=agree_on_run_dir(
-                environment.local_rank, node=environment.node, path=environment.run_dir
-            ),
-            settings=TelemetrySettings.from_env(
-                metrics_host=config.metrics_host,
-                metrics_port=config.metrics_port,
-                trace_file=None if config.trace is None else str(config.trace),
-            ),
+            # The launcher names it but does not make it: killed at that moment, it would leave it
+            # behind. Under torchrun alone ranks agree on one.
+            run_dir=environment.run_dir,
+            node=environment.node,
+            settings=TelemetrySettings.from_env(**changes),
         )
         self.metrics_url = self._session.metrics_url
         return self._session

@@ -63,6 +63,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import TelemetryError
+from .forked import keep_from_children
 
 MAGIC = 0x31474E49524E4F  # "ONRING1"
 VERSION = 2
@@ -230,6 +231,7 @@ class RingWriter:
             raise
         finally:
             os.close(descriptor)
+        keep_from_children(self._mapping)
         self._words = memoryview(self._mapping).cast("q")
         self._lock = threading.Lock()
         self._names: dict[str, int] = {"": 0}
@@ -363,6 +365,11 @@ class RingWriter:
     def set_coverage(self, group: int, unrecorded: int) -> None:
         """Collectives issued but not recorded so far, of the group with this name entry."""
         self._words[COVERAGE_OFFSET // WORD + min(group, NUM_COVERED - 1)] = unrecorded
+
+    @property
+    def head(self) -> int:
+        """How many records were begun so far."""
+        return self._words[H_HEAD]
 
     def close(self) -> None:
         """Say that nothing more will come. The mapping stays until the last operation lets go."""

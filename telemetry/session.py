@@ -1,136 +1,120 @@
 """One rank's telemetry, from start to close: its ring, the interception, and the node's sidecar.
 
-Owns what the runtime holds in its hands: `step`, `phase`, `probe`, `set_value`. Refuses to know
-the runtime; works in any torch.distributed program. Nothing here reads what was recorded.
+Owns what the runtime holds in its hands: `step`, `phase`, `probe`, `requests`, `set_value`,
+`record`. Refuses to know the runtime; works in any torch.distributed program. Nothing here reads
+what was recorded. How a rank comes into the run directory is in `joining`.
 """
 
-import logging
+import os
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
-from .intercept import CollectiveInstrumentor
+from .current import closed, opened
+from .errors import TelemetryError
+from .explicit import ExplicitCollectives
+from .intercept import CollectiveInstrumentor, Recorder
+from .joining import join
 from .probe import RingProbe
-from .ring import DISCARDED, OK, PHASE, STEP_KIND, RingWriter, pack_meta
-from .run_directory import agree_on_run_dir, make_run_dir, remove_run_dir, ring_path
+from .requests import RequestRecorder
+from .ring import RingWriter
+from .run_directory import agree_on_run_dir, make_run_dir
+from .run_end import leave_if_last
+from .scopes import PhaseScope, StepScope
 from .settings import TelemetrySettings
-from .sidecar_process import SidecarProcess
+from .sidecar_watch import SidecarWatch
+from .unrecorded import null_ring, tell_once
 from .values import VALUE_INDEX, VALUES
-
-_logger = logging.getLogger(__name__)
-
-
-class _Phase:
-    """A reusable context: one object per name, so that entering it allocates nothing."""
-
-    __slots__ = ("_begin", "_end", "_fail", "_meta", "_tickets")
-
-    def __init__(self, ring: RingWriter, name: str) -> None:
-        self._begin: Callable[[int, int, int], int] = ring.begin
-        self._end: Callable[..., None] = ring.end
-        self._fail = ring.fail
-        self._meta = pack_meta(PHASE, ring.intern(name))
-        self._tickets: list[int] = []  # a stack: a phase may hold another of its name
-
-    def __enter__(self) -> None:
-        self._tickets.append(self._begin(self._meta, 0, 0))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        ticket = self._tickets.pop()
-        if error is None:
-            self._end(ticket)
-        else:
-            self._fail(ticket, error)
-
-
-class _Step:
-    """The reusable context of a step; steps do not nest."""
-
-    __slots__ = ("_instrumentor", "_meta", "_ring", "_status", "_ticket", "batch_size", "step")
-
-    def __init__(self, ring: RingWriter, instrumentor: CollectiveInstrumentor) -> None:
-        self._ring = ring
-        self._instrumentor = instrumentor
-        self._meta = pack_meta(STEP_KIND)
-        self._ticket = -1
-        self._status = OK
-        self.step = -1
-        self.batch_size = 0
-
-    def __enter__(self) -> Self:
-        self._status = OK
-        self._ring.set_step(self.step)
-        self._ticket = self._ring.begin(self._meta, self.step, self.batch_size)
-        return self
-
-    def set_batch_size(self, num_sequences: int) -> None:
-        """For a rank that learns it only inside the step."""
-        self._ring.set_nbytes(self._ticket, num_sequences)
-
-    def discard(self) -> None:
-        """No step after all (the wait for one ended with the run): no trace, no duration."""
-        self._ring.discard_step(self._ticket)
-        self._status = DISCARDED
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self._ring.end(self._ticket, self._status)
-        else:
-            self._ring.fail(self._ticket, error)
-        self._ring.set_step(-1)
-        self._instrumentor.sample_coverage()
 
 
 class Session:
-    """What `start_session` returns. Use it from one thread; collectives may come from any."""
+    """What `start_session` returns. Use it from one thread; collectives may come from any.
+
+    In a forked child it records nothing, and `close` closes nothing: it is the parent's.
+    """
 
     def __init__(
         self,
         ring: RingWriter,
-        sidecar: SidecarProcess | None,
-        run_dir: str,
+        watch: SidecarWatch | None,
+        run_dir: str | None,
         settings: TelemetrySettings,
+        local_rank: int,
+        recorder: Callable[[RingWriter], Recorder] | None = None,
     ) -> None:
+        """`watch` None: nothing is recorded, and `ring` is one that keeps nothing."""
         self.run_dir = run_dir
         self.probe = RingProbe(ring)
+        self.requests = RequestRecorder(ring)
+        self.own_step: Callable[[], None] | None = None  # called once, when `step` is first used
         self._settings = settings
         self._ring = ring
-        self._sidecar = sidecar
-        self._phases: dict[str, _Phase] = {}
+        self._watch = watch
+        self._local_rank = local_rank
+        self._phases: dict[str, PhaseScope] = {}
+        self._explicit = ExplicitCollectives(ring)
         self._instrumentor = CollectiveInstrumentor()
-        self._instrumentor.instrument(ring)
-        self._step = _Step(ring, self._instrumentor)
+        self._step = StepScope(ring, self._instrumentor.sample_coverage)
+        self._pid = os.getpid()
         self._closed = False
         self._last_report: dict[str, Any] | None = None
+        if watch is not None:
+            self._instrumentor.instrument(ring if recorder is None else recorder(ring))
+            opened(self)
+
+    @property
+    def recording(self) -> bool:
+        """Whether what happens in this process is written down."""
+        return self._watch is not None and not self._closed and os.getpid() == self._pid
 
     @property
     def metrics_url(self) -> str | None:
-        """Where Prometheus reads; None on all but local rank 0, and where HTTP is off."""
-        return self._sidecar.metrics_url if self._sidecar is not None else None
+        """Where Prometheus reads this node; None where HTTP is off, or there is no sidecar."""
+        record = None if self._watch is None else self._watch.record
+        return None if record is None else record.url
 
-    def step(self, step: int, batch_size: int = 0) -> _Step:
+    @property
+    def num_records(self) -> int:
+        """How many records this rank has begun."""
+        return self._ring.head
+
+    def step(self, step: int, batch_size: int = 0) -> StepScope:
         """`with session.step(n, size):` all that is recorded inside carries step n (>= 0)."""
+        if self.own_step is not None:
+            stop_others, self.own_step = self.own_step, None
+            stop_others()
         scope = self._step
         scope.step = step
         scope.batch_size = batch_size
         return scope
 
-    def phase(self, name: str) -> _Phase:
+    def phase(self, name: str) -> PhaseScope:
         """`with session.phase("model.forward"):` a part of a step; name it with a constant."""
         scope = self._phases.get(name)
         if scope is None:
-            scope = self._phases[name] = _Phase(self._ring, name)
+            scope = self._phases[name] = PhaseScope(self._ring, name)
         return scope
+
+    def record(
+        self,
+        op: str,
+        begin_ns: int,
+        end_ns: int | None = None,
+        nbytes: int = 0,
+        *,
+        group: str = "own",
+        group_size: int = 1,
+        dtype: str = "uint8",
+    ) -> None:
+        """A collective that bypassed torch.distributed; a microsecond.
+
+        Times are perf_counter_ns, the end by default now. Ranks of `group`, a name of the whole
+        run, must record alike and in the same order, as they must with any collective ("send" and
+        "recv" excepted); `nbytes` is the payload, `dtype` named as torch does.
+        """
+        self._explicit.record(
+            op, begin_ns, end_ns, nbytes, group=group, group_size=group_size, dtype=dtype
+        )
 
     def channel_probe(self, channel: str) -> RingProbe:
         """A probe of its own label, for programs with more than one channel."""
@@ -144,17 +128,23 @@ class Session:
             raise ValueError(f"{name!r} is no telemetry value; the names are {names}")
         self._ring.set_value(index, value)
 
+    def sample_coverage(self) -> None:
+        """Publish how many collectives went by unrecorded; each step's end does it by itself."""
+        self._instrumentor.sample_coverage()
+
     def report(self, timeout_s: float = 5.0) -> dict[str, Any]:
         """What the sidecar has counted so far, this node's ranks together.
 
         {"collectives": [{"op", "group", "rank", "count", "p50_s", "p99_s", "bytes"}, ...],
         "phases": [{"phase", "rank", "count", "p50_s", "p99_s"}, ...], "steps": n, "trace_file":
         path or None, "dropped": n, ...}. After close(): the last report. Raises TelemetryError
-        where there is no sidecar to ask (only local rank 0 has it) or it does not answer in time.
+        where there is no sidecar to ask or it does not answer in time.
         """
         if self._last_report is not None:
             return self._last_report
-        return _require(self._sidecar).report(timeout_s)
+        if self._watch is None:
+            raise TelemetryError("nothing is recorded: there is no telemetry sidecar to ask")
+        return self._watch.report(timeout_s)
 
     def close(self, *, wait: bool = True) -> dict[str, Any] | None:
         """Stop recording. Local rank 0 waits, within limits, until the sidecar has written all.
@@ -166,16 +156,17 @@ class Session:
         if self._closed:
             return self._last_report
         self._closed = True
-        self._instrumentor.sample_coverage()
-        self._instrumentor.uninstrument()
-        self._ring.close()
-        if self._sidecar is not None:
-            if wait:
-                self._last_report = self._sidecar.join(self._settings.close_timeout_s)
-            else:
-                self._sidecar.abandon()
-            if self._sidecar.dead:  # it removes the directory itself, if it lives to do so
-                remove_run_dir(self.run_dir)
+        closed(self)
+        if os.getpid() != self._pid:
+            self._instrumentor.uninstrument()
+            return None
+        if self._watch is not None:
+            self._instrumentor.sample_coverage()
+            self._instrumentor.uninstrument()
+            wait_s = self._settings.close_timeout_s if wait and self._local_rank == 0 else None
+            self._last_report = self._watch.close(self._ring.close, wait_s)
+        if self.run_dir is not None and (self._watch is None or not self._watch.alive):
+            leave_if_last(self.run_dir, self._settings.flight_dir)
         return self._last_report
 
     def __enter__(self) -> "Session":
@@ -183,14 +174,6 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _require(sidecar: SidecarProcess | None) -> SidecarProcess:
-    from .errors import TelemetryError
-
-    if sidecar is None:
-        raise TelemetryError("only local rank 0 has the sidecar: ask for the report there")
-    return sidecar
 
 
 def start_session(
@@ -202,36 +185,47 @@ def start_session(
     engine_id: str,
     settings: TelemetrySettings,
     run_dir: str | None = None,
+    node: object = None,
+    recorder: Callable[[RingWriter], Recorder] | None = None,
+    any_port: bool = False,
 ) -> Session:
-    """Start recording in this process; on local rank 0 also the node's sidecar.
+    """Start recording in this process; the first rank of a node that comes starts its sidecar.
 
-    Without `run_dir` the ranks agree on one, by a collective call of the default group; where
-    there is none, call `make_run_dir()` once per node and tell the other ranks. Raises ValueError
-    for settings that cannot be (a metrics port in use among them), TelemetryError if the ring or
-    the sidecar cannot be had.
+    Without `run_dir` the ranks agree on one, by a collective call of the default group; `node`
+    tells their nodes apart (None: by host name). Where there is no group, give all ranks of a node
+    the same new path (`name_run_dir`), or what `shared_run_dir` makes of a key they have in common.
+
+    Raises ValueError for settings that cannot be (a metrics port in use among them; with `any_port`
+    it is a warning, and another port is taken). Where there is no room for a ring, or the
+    sidecar does not start, the program is more important: one warning says so, and the session
+    records nothing (`Session.recording`).
+
+    `recorder` makes what the interception records to, and hands on to the ring it is given.
     """
     if not 0 <= local_rank < local_world_size <= world_size or not 0 <= rank < world_size:
         raise ValueError(
             f"rank {rank} of {world_size}, local rank {local_rank} of {local_world_size}: "
             "ranks count from 0 and stay below their world size"
         )
-    if run_dir is None:
-        run_dir = make_run_dir() if local_world_size == 1 else agree_on_run_dir(local_rank)
-    sidecar = None
     try:
-        ring = RingWriter(
-            ring_path(run_dir, rank),
-            capacity=settings.ring_records,
-            rank=rank,
-            local_rank=local_rank,
-            world_size=world_size,
-            local_world_size=local_world_size,
-            engine_id=engine_id,
-        )
-        if local_rank == 0:
-            sidecar = SidecarProcess(run_dir, local_world_size, engine_id, settings)
-    except BaseException:
-        if local_rank == 0:
-            remove_run_dir(run_dir)
-        raise
-    return Session(ring, sidecar, run_dir, settings)
+        if run_dir is None:
+            alone = local_world_size == 1
+            run_dir = make_run_dir() if alone else agree_on_run_dir(local_rank, node=node)
+        watch = SidecarWatch(run_dir, local_world_size, engine_id, settings, any_port=any_port)
+
+        def make_ring(path: Path) -> RingWriter:
+            return RingWriter(
+                path,
+                capacity=settings.ring_records,
+                rank=rank,
+                local_rank=local_rank,
+                world_size=world_size,
+                local_world_size=local_world_size,
+                engine_id=engine_id,
+            )
+
+        ring = join(run_dir, rank, settings, make_ring, watch)
+    except (OSError, TelemetryError) as error:
+        tell_once(run_dir, rank, error)
+        return Session(null_ring(), None, run_dir, settings, local_rank)
+    return Session(ring, watch, run_dir, settings, local_rank, recorder)

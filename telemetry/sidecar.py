@@ -1,178 +1,241 @@
 """The sidecar: one process per node that reads the rings, so that no worker has to.
 
-    python -P -m onecast.telemetry.sidecar --run-dir D --local-world-size N --engine-id ID
-                                           --settings JSON
+    python -c 'from onecast.telemetry.sidecar import main; main()' --run-dir D --local-world-size N
+        --engine-id ID --settings JSON [--restarts N --in-a-row N --again-at-port P]
 
-Owns its own life: it says when it is ready, serves `/metrics`, `/report` and `/healthz`, and ends
-a moment after the last rank has closed its ring or died, once everything is written. Then
-it removes the run directory. The pipes' language is drawn in `sidecar_process`.
+Owns its own life: it claims the directory, says who and where it is (`sidecar_record`), serves HTTP
+and the ranks' questions, and ends a moment after the last rank has closed its ring or died, once
+everything is written. Then it keeps what is worth a look after a bad end, and removes the run
+directory. If it is killed, a rank starts the next one, which reads on where it was (`cursors`).
+
+No signal but SIGKILL ends it earlier: what stops the ranks stops it too, a moment later.
 """
 
 import argparse
+import dataclasses
 import errno
+import inspect
 import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from http.server import ThreadingHTTPServer
 from typing import Any
 
-from prometheus_client import MetricsHandler
-from prometheus_client.registry import CollectorRegistry
-
-from .metrics import TelemetryCollector
+from .cursors import Cursors, SidecarBusy
+from .errors import TelemetryError
+from .http_server import TelemetryServer
 from .node import Node
 from .otlp import OtlpExport, make_exporter
-from .run_directory import remove_run_dir
+from .report_socket import ReportSocket
+from .ring import process_start_time
+from .run_directory import locked
+from .run_end import keep, leave_nothing
 from .settings import TelemetrySettings
+from .sidecar_process import PortInUse
+from .sidecar_record import SidecarRecord
 from .trace_file import TraceFile
+
+_logger = logging.getLogger(__name__)
 
 # A rank that has not appeared by then, while all others have ended, never will.
 _STRAGGLER_S = 5.0
+# Who waited for the final report of a sidecar that was killed finds the next one within this.
+_FIRST_S = 0.25
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True  # a port in TIME_WAIT is free; one that is listened on is not
+class _ResumingNode(Node):
+    """Until `Node` takes cursors itself."""
 
-    def __init__(self, address: tuple[str, int], node: Node) -> None:
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(TelemetryCollector(node.snapshot))
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(
-            address, type("Handler", (_Handler,), {"registry": registry, "node": node})
-        )
+    cursors: Cursors
 
+    def _attach(self) -> None:
+        known = set(self.readers)
+        super()._attach()
+        for rank in self.readers.keys() - known:
+            reader = self.readers[rank]
+            names = reader.names  # others hold the list
+            reader.__init__(reader.path, *self.cursors.load(reader.local_rank))  # type: ignore[misc]
+            reader._names = names
 
-class _Handler(MetricsHandler):
-    """prometheus_client's handler chooses the format; this adds two paths beside it."""
-
-    node: Node
-    timeout = 10  # seconds without a byte from a client before its thread ends
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            super().do_GET()
-        elif path == "/report":
-            self._send(200, "application/json", json.dumps(self.node.report()))
-        elif path == "/healthz":
-            self._send(200, "text/plain; charset=utf-8", "ok\n")
-        else:
-            self._send(404, "text/plain; charset=utf-8", "/metrics, /report or /healthz\n")
-
-    def _send(self, status: int, content_type: str, text: str) -> None:
-        body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def _drain(self, *, last: bool = False) -> None:
+        super()._drain(last=last)
+        for reader in self.readers.values():
+            self.cursors.store(reader.local_rank, reader.cursor, reader.cut_ns)
 
 
-def _say(message: dict[str, Any]) -> None:
-    """One line to the starter; that it may be gone is no reason to stop."""
-    try:
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _answer_requests(node: Node) -> None:
-    for line in sys.stdin:
-        if line.strip() == "report":
-            _say({"report": node.report()})
-
-
-def _serve(settings: TelemetrySettings, node: Node) -> _Server | None:
-    if settings.metrics_port is None:
-        return None
-    host, port = settings.metrics_host, settings.metrics_port
-    try:
-        return _Server((host, port), node)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"metrics port {port} on {host} is already in use") from error
-        raise ValueError(f"cannot listen on {host}, metrics port {port}: {error}") from error
-
-
-def run(
-    run_dir: str, local_world_size: int, engine_id: str, settings: TelemetrySettings
-) -> dict[str, Any]:
-    """Live until the ranks have ended; returns the final report."""
+def _make_node(options: argparse.Namespace, settings: TelemetrySettings, cursors: Cursors) -> Node:
     trace_file = None
     if settings.trace_file is not None:
         trace_file = TraceFile(
             settings.trace_file,
-            engine_id=engine_id,
+            engine_id=options.engine_id,
             service_name=settings.service_name,
             max_steps=settings.trace_steps,
             max_spans=settings.trace_spans,
         )
     otlp = None
     if settings.otlp_endpoint is not None:
-        otlp = OtlpExport(make_exporter(settings), settings, engine_id)
-    node = Node(
-        run_dir,
-        engine_id=engine_id,
-        local_world_size=local_world_size,
-        trace_file=trace_file,
-        otlp=otlp,
-    )
-    server = _serve(settings, node)
-    if server is not None:
-        threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    threading.Thread(target=_answer_requests, args=(node,), name="pipe", daemon=True).start()
-    _say({"ready": True, "port": server.server_address[1] if server is not None else None})
+        otlp = OtlpExport(make_exporter(settings), settings, options.engine_id)
+    common: dict[str, Any] = {
+        "engine_id": options.engine_id,
+        "local_world_size": options.local_world_size,
+        "trace_file": trace_file,
+        "otlp": otlp,
+    }
+    make: Any = Node
+    if "cursors" in inspect.signature(Node).parameters:
+        found: Node = make(options.run_dir, **common, cursors=cursors, restarts=options.restarts)
+        return found
+    node = _ResumingNode(options.run_dir, **common)
+    node.cursors = cursors
+    return node
 
-    ended_since: float | None = None
-    while True:
-        # Asked before the poll, so that the poll sees all that came before the end.
-        ended, complete = node.ended, node.complete
-        node.poll()
-        if ended and complete:
-            break
-        if not ended:
-            ended_since = None
-        else:
-            ended_since = ended_since or time.monotonic()
-            if time.monotonic() - ended_since > _STRAGGLER_S:
-                break
-        time.sleep(settings.poll_interval_s)
-    node.finish()
-    if server is not None:
-        server.shutdown()
-        server.server_close()
-    return node.report()
+
+def _serve(settings: TelemetrySettings, again_at_port: int | None, node: Node) -> TelemetryServer:
+    """Raises ValueError if the address cannot be had."""
+    host, port = settings.metrics_host, settings.metrics_port
+    assert port is not None
+    if again_at_port is not None:
+        try:
+            return TelemetryServer(host, again_at_port, node)
+        except OSError as error:
+            port = 0
+            _logger.warning("port %d is gone (%s): metrics move", again_at_port, error)
+    try:
+        return TelemetryServer(host, port, node)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"metrics port {port} on {host} is already in use") from error
+        raise ValueError(f"cannot listen on {host}, metrics port {port}: {error}") from error
+
+
+def _say(message: dict[str, Any]) -> None:
+    """One line to the starter, and no more; that it may be gone is no reason to stop."""
+    try:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return
+    finally:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+
+
+class Sidecar:
+    """Raises ValueError for settings that cannot be, SidecarBusy if there is one already."""
+
+    def __init__(self, options: argparse.Namespace, settings: TelemetrySettings) -> None:
+        self._run_dir: str = options.run_dir
+        self._settings = settings
+        self._cursors = Cursors(options.run_dir, options.local_world_size)
+        self._node = _make_node(options, settings, self._cursors)
+        self._http: TelemetryServer | None = None
+        if settings.metrics_port is not None:
+            self._http = _serve(settings, options.again_at_port, self._node)
+        self._reports = ReportSocket(options.run_dir, self._node.report)
+        pid = os.getpid()
+        start_time = process_start_time(pid)
+        assert start_time is not None, "this process has no /proc entry"
+        self.record = SidecarRecord(
+            pid,
+            start_time,
+            started_ns=time.perf_counter_ns(),
+            url=None if self._http is None else self._http.url,
+            restarts=options.restarts,
+            in_a_row=options.in_a_row,
+        )
+        self.record.write(options.run_dir)
+
+    def run(self) -> None:
+        """Live until the ranks have ended, then leave nothing of the run but what is worth it."""
+        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
+        begin_s = time.monotonic()
+        ended_since: float | None = None
+        while True:
+            # Asked before the poll, so that the poll sees all that came before the end.
+            ended, complete = self._node.ended, self._node.complete
+            self._node.poll()
+            ended_since = (ended_since or time.monotonic()) if ended else None
+            late = ended_since is not None and time.monotonic() - ended_since > _STRAGGLER_S
+            early = time.monotonic() - begin_s < _FIRST_S
+            if ended and (complete or late) and not early and self._end():
+                return
+            time.sleep(self._settings.poll_interval_s)
+
+    def _end(self) -> bool:
+        """False if somebody is just joining: then it goes on."""
+        try:
+            with locked(self._run_dir, 0.0):
+                self._node.poll()
+                if not self._node.ended:
+                    return False
+                self._finish()
+                self._leave()
+        except FileNotFoundError:
+            self._finish()  # somebody took the directory away: write what there is
+        except TelemetryError:
+            return False
+        if self._http is not None:
+            self._http.close()
+        self._reports.finish(self._node.report())
+        return True
+
+    def _finish(self) -> None:
+        self._node.finish()
+
+    def _leave(self) -> None:
+        hangs = getattr(self._node, "hangs", ())
+        if hangs and all(reader.closed for reader in self._node.readers.values()):
+            keep(self._run_dir, self._settings.flight_dir, "a collective had hung")
+        leave_nothing(self._run_dir, self._settings.flight_dir)
+
+    def _sweep(self) -> None:
+        """Runs before this one that ended with everything killed at once."""
+        try:
+            from .flight import sweep
+        except ModuleNotFoundError:
+            return
+        try:
+            for path in sweep(self._settings.flight_dir):
+                _logger.warning("a former run was killed; its last events: onecast flight %s", path)
+        except OSError as error:
+            _logger.warning("cannot keep what a former run left: %s", error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m onecast.telemetry.sidecar")
+    parser = argparse.ArgumentParser(prog="onecast.telemetry.sidecar")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--local-world-size", type=int, required=True)
     parser.add_argument("--engine-id", required=True)
     parser.add_argument("--settings", required=True, help="TelemetrySettings as JSON")
+    parser.add_argument("--restarts", type=int, default=0, help="how often it has died so far")
+    parser.add_argument("--in-a-row", type=int, default=0, help="of those, shortly before")
+    parser.add_argument("--again-at-port", type=int, help="the port of the one that died")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="onecast telemetry sidecar: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="onecast telemetry: %(message)s", level=logging.WARNING)
     # The exporters log each retry; one line of ours says that spans are being dropped.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the ranks end on it, and then this does
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     try:
-        settings = TelemetrySettings.from_json(options.settings)
-        report = run(options.run_dir, options.local_world_size, options.engine_id, settings)
+        sidecar = Sidecar(options, TelemetrySettings.from_json(options.settings))
+    except SidecarBusy as error:
+        _say({"error": str(error), "kind": "busy"})
+        return 3
     except ValueError as error:
-        _say({"error": str(error), "kind": "ValueError"})
+        kind = "port" if isinstance(error, PortInUse) else "settings"
+        _say({"error": str(error), "kind": kind})
         return 2
-    finally:
-        remove_run_dir(options.run_dir)  # the ranks' mappings stay valid
-    _say({"final": report})
+    except (OSError, TelemetryError) as error:
+        _say({"error": f"the telemetry sidecar cannot start: {error}", "kind": None})
+        return 1
+    _say({"ready": dataclasses.asdict(sidecar.record)})
+    sidecar.run()
     return 0
 
 

@@ -1,0 +1,222 @@
+"""The sidecar's HTTP server: what Prometheus scrapes, and a page for people.
+
+    /metrics      Prometheus text or OpenMetrics, as the client asks
+    /report       the node's counts as JSON
+    /healthz      "ok"
+    /             the live view, which reads /live.json and /hangs.json
+
+Owns the addresses, the headers and how often something is rendered; knows nothing of what it
+serves. Only GET and HEAD. Everything here may be asked by anybody who can reach the port, so it
+listens on loopback unless told otherwise, and then answers no page of another site that got a name
+to point here (DNS rebinding): the Host header must name this machine's loopback.
+
+Rendering takes the node's lock and a core. However many ask at once, one thread renders, and the
+others get what it made; and nothing is rendered again before REST times the time it took (at most
+MAX_AGE_S): no number of clients takes more than 1 / (1 + REST) of a core.
+"""
+
+import ipaddress
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+from .metrics import MetricsPage
+from .node import Node
+
+MAX_AGE_S = 0.25
+REST = 9
+MAX_CLIENTS = 128  # at once; more are told to come again
+_IDLE_S = 10  # without a byte from a client before its thread ends
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_JSON = "application/json"
+_TEXT = "text/plain; charset=utf-8"
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+
+
+class Rendered:
+    """Bytes that are made anew when somebody asks and the last ones are too old."""
+
+    def __init__(self, render: Callable[[], bytes]) -> None:
+        self._render = render
+        self._lock = threading.Lock()
+        self._bytes = b""
+        self._expires = 0.0
+
+    def get(self) -> bytes:
+        if time.monotonic() < self._expires:
+            return self._bytes
+        with self._lock:
+            begin = time.monotonic()
+            if begin >= self._expires:  # else another thread has just done it
+                self._bytes = self._render()
+                end = time.monotonic()
+                self._expires = end + min(MAX_AGE_S, REST * (end - begin))
+            return self._bytes
+
+
+class _Documents:
+    """What there is to be had: path -> content type and bytes."""
+
+    def __init__(self, node: Node) -> None:
+        self._page = MetricsPage(node.snapshot)
+        self._metrics: dict[str, Rendered] = {}  # by content type
+        self._lock = threading.Lock()
+        self._rendered = {
+            "/report": Rendered(lambda: json.dumps(node.report()).encode()),
+            "/live.json": Rendered(lambda: json.dumps(_live_view(node)).encode()),
+            "/hangs.json": Rendered(lambda: json.dumps(_hangs(node)).encode()),
+        }
+
+    def get(self, path: str, accept: str) -> tuple[str, bytes] | None:
+        if path == "/metrics":
+            content_type = self._page.content_type(accept)
+            with self._lock:
+                rendered = self._metrics.get(content_type)
+                if rendered is None:
+                    rendered = Rendered(lambda: self._page.render(content_type))
+                    self._metrics[content_type] = rendered
+            return content_type, rendered.get()
+        if path in self._rendered:
+            return _JSON, self._rendered[path].get()
+        if path == "/healthz":
+            return _TEXT, b"ok\n"
+        if path == "/":
+            return "text/html; charset=utf-8", _page()
+        return None
+
+
+class TelemetryServer(ThreadingTCPServer):
+    """Serves a node until `close`. Raises OSError if the address cannot be had."""
+
+    daemon_threads = True
+    allow_reuse_address = True  # a port in TIME_WAIT is free; one that is listened on is not
+    request_queue_size = 128
+
+    def __init__(self, host: str, port: int, node: Node) -> None:
+        self.documents = _Documents(node)
+        self.only_host: str | None = None  # the name that clients must ask for, beside loopback's
+        self._clients = threading.Semaphore(MAX_CLIENTS)
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), _Handler)
+        if ipaddress.ip_address(self.server_address[0]).is_loopback:  # type: ignore[arg-type]
+            self.only_host = host.lower()
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self.server_address[1]}/metrics"
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="http", daemon=True).start()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._clients.acquire(blocking=False):
+            request.settimeout(0)
+            request.send(_BUSY)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._clients.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no error of ours; anything else is shown."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: TelemetryServer
+    protocol_version = "HTTP/1.1"
+    server_version = "onecast"
+    sys_version = ""
+    timeout = _IDLE_S
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        if not self._names_this_host():
+            self._send(403, _TEXT, b"the Host header names another host than this one\n")
+            return
+        path = self.path.partition("?")[0]
+        found = self.server.documents.get(path, self.headers.get("Accept", ""))
+        if found is None:
+            self._send(404, _TEXT, b"/, /metrics, /report, /healthz, /live.json, /hangs.json\n")
+        else:
+            self._send(200, *found)
+
+    do_HEAD = do_GET
+
+    def _refuse(self) -> None:
+        self.close_connection = True  # what it sent along is not read
+        self._send(405, _TEXT, b"only GET and HEAD\n", {"Allow": "GET, HEAD"})
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
+
+    def _names_this_host(self) -> bool:
+        header = self.headers.get("Host")
+        if self.server.only_host is None or header is None:  # no browser leaves it out
+            return True
+        try:
+            name = urlsplit(f"//{header}").hostname or ""
+        except ValueError:
+            return False
+        if name in ("localhost", self.server.only_host):
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+    def _send(
+        self, status: int, content_type: str, body: bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in {**_HEADERS, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Silent: the sidecar's stderr is the program's."""
+
+
+def _page() -> bytes:
+    try:
+        from .page import PAGE
+    except ModuleNotFoundError:
+        return b"<!doctype html><title>onecast</title><a href=/metrics>/metrics</a>"
+    return PAGE
+
+
+def _live_view(node: Any) -> dict[str, Any]:
+    try:
+        from .live import live_view
+    except ModuleNotFoundError:
+        return {}
+    return live_view(node)
+
+
+def _hangs(node: Any) -> dict[str, Any]:
+    return {"hangs": [{"text": hang.text} for hang in getattr(node, "hangs", ())]}
