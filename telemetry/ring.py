@@ -48,8 +48,10 @@ Times are time.perf_counter_ns() (CLOCK_MONOTONIC); the header holds what to add
 
 Ordering: a reader trusts a record only if its ticket word is right before and after copying
 it, and treats a slot whose head counter has moved a lap as overrun. Store order is what x86-64
-guarantees; on weakly ordered CPUs the interpreter between two stores executes the lock and
-refcount operations that order them in practice; a mistaken read costs one record, never a crash.
+guarantees. On weakly ordered CPUs a record may be seen published a moment before its words; but it
+is only counted once it has ended, long after it was opened, and between the two (and between the
+words and the ticket of a record written in one go) the interpreter executes operations that order
+them in practice; a mistaken read costs one record, never a crash.
 """
 
 import errno
@@ -61,6 +63,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import TelemetryError
 from .forked import keep_from_children
@@ -97,6 +100,7 @@ OK, ERROR, UNWAITED, DISCARDED = 0, 1, 2, 3
 _NAME_SHIFT, _GROUP_SHIFT, _DTYPE_SHIFT, _SIZE_SHIFT = 4, 16, 28, 40
 _FIELD_MASK = 0xFFF
 _RECORD = struct.Struct("8q")  # native: each word is one 8-byte store
+_OPEN = struct.Struct("q8xqqqq8xq")  # end and aux stay 0
 
 
 def pack_meta(kind: int, name: int = 0, group: int = 0, dtype: int = 0, group_size: int = 0) -> int:
@@ -176,6 +180,25 @@ def _reserve(descriptor: int, nbytes: int, path: Path) -> None:
         ) from error
 
 
+class RingMemory(NamedTuple):
+    """What it takes to write records without a call: for the wrappers of the hottest operations.
+
+    A ticket is the next of `tickets`; it lives in slot `ticket & mask`, `records + (slot << 6)`
+    bytes into the mapping.
+    """
+
+    mapping: mmap.mmap
+    words: "memoryview[int]"
+    mask: int
+    records: int
+    tickets: "itertools.count[int]"
+    step: list[int]  # its only element: the current step
+    ends: "memoryview[int]"  # this and the next two by slot
+    auxes: "memoryview[int]"
+    published: "memoryview[int]"  # ticket + 1
+    open: Callable[..., None]  # (mapping, offset, begin, step, meta, sequence, nbytes, ticket + 1)
+
+
 class RingWriter:
     """Writes one rank's records. Safe for several threads of the process.
 
@@ -192,6 +215,7 @@ class RingWriter:
                                                  belongs to none; close it with DISCARDED
     """
 
+    memory: RingMemory
     begin: Callable[[int, int, int], int]
     end: Callable[..., None]
     record: Callable[[int, int, int, int, int, int], None]
@@ -225,7 +249,9 @@ class RingWriter:
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             _reserve(descriptor, nbytes, path)
-            self._mapping = mmap.mmap(descriptor, nbytes)
+            # All pages now: a fault would cost the first records on each many times their own.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._mapping = mmap.mmap(descriptor, nbytes, flags)
         except BaseException:
             os.unlink(unfinished)
             raise
@@ -264,71 +290,72 @@ class RingWriter:
 
     def _bind(self, capacity: int) -> None:
         mapping, words = self._mapping, self._words
-        next_ticket = itertools.count().__next__
-        mask = capacity - 1
-        records = RECORDS_OFFSET
-        first_word = RECORDS_OFFSET // WORD
-        pack, now = _RECORD.pack_into, time.perf_counter_ns
-        current_step = -1
-        newest = -1
+        tickets = itertools.count()
+        next_ticket, now = tickets.__next__, time.perf_counter_ns
+        mask, records = capacity - 1, RECORDS_OFFSET
+        columns = [words[RECORDS_OFFSET // WORD + word :: RECORD_WORDS] for word in range(8)]
+        ends, auxes, published = columns[END], columns[AUX], columns[TICKET]
+        open_record, pack = _OPEN.pack_into, _RECORD.pack_into
+        step_now = [-1]
+        self.memory = RingMemory(
+            mapping, words, mask, records, tickets, step_now, ends, auxes, published, open_record
+        )
 
         def begin(meta: int, sequence: int, nbytes: int) -> int:
-            nonlocal newest
-            newest = ticket = next_ticket()
+            ticket = next_ticket()
             slot = ticket & mask
             words[H_HEAD] = ticket + 1  # before the slot changes: a reader a lap behind must know
-            # pack_into zeroes the slot first, so its ticket word reads 0 until the store below.
-            pack(
-                mapping, records + (slot << 6), now(), 0, current_step, meta, sequence, nbytes, 0, 0
-            )
-            words[first_word + (slot << 3) + 7] = ticket + 1
+            # Zeroes the slot, then stores word after word, the ticket last.
+            open_record(
+                mapping, records + (slot << 6), now(), step_now[0], meta, sequence, nbytes,
+                ticket + 1,
+            )  # fmt: skip
             return ticket
 
         def end(ticket: int, status: int = OK) -> None:
-            if newest - ticket >= capacity:
+            slot = ticket & mask
+            if published[slot] != ticket + 1:
                 return  # a lap later the slot belongs to another record
-            word = first_word + ((ticket & mask) << 3)
             if status:
-                words[word + 6] = status
-            words[word + 1] = now()
+                auxes[slot] = status
+            ends[slot] = now()
 
         def record_in_step(
             step: int, begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
         ) -> None:
-            nonlocal newest
-            newest = ticket = next_ticket()
+            ticket = next_ticket()
             slot = ticket & mask
             words[H_HEAD] = ticket + 1
             pack(
                 mapping, records + (slot << 6), begin_ns, end_ns, step, meta, sequence, nbytes,
                 aux, 0,
             )  # fmt: skip
-            words[first_word + (slot << 3) + 7] = ticket + 1
+            published[slot] = ticket + 1
 
         def record(
             begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
         ) -> None:
-            record_in_step(current_step, begin_ns, end_ns, meta, sequence, nbytes, aux)
+            record_in_step(step_now[0], begin_ns, end_ns, meta, sequence, nbytes, aux)
 
         def set_step(step: int) -> None:
-            nonlocal current_step
-            current_step = step
+            step_now[0] = step
             words[H_STEP] = step
 
         def set_nbytes(ticket: int, nbytes: int) -> None:
-            word = first_word + ((ticket & mask) << 3)
-            if words[word + 7] == ticket + 1:
-                words[word + 5] = nbytes
+            slot = ticket & mask
+            if published[slot] == ticket + 1:
+                columns[NBYTES][slot] = nbytes
 
         def discard_step(since: int) -> None:
             # What a reader has taken by now is out of reach: DISCARDED tells it about the rest.
             for ticket in range(since + 1, words[H_HEAD]):
-                word = first_word + ((ticket & mask) << 3)
-                if words[word + 7] != ticket + 1 or meta_kind(words[word + 3]) > LAST_OF_STEP:
+                slot = ticket & mask
+                kind = meta_kind(columns[META][slot])
+                if published[slot] != ticket + 1 or kind > LAST_OF_STEP:
                     continue
-                words[word + 2] = -1
-                if meta_kind(words[word + 3]) == PHASE:
-                    words[word + 3] = NOTHING
+                columns[STEP][slot] = -1
+                if kind == PHASE:
+                    columns[META][slot] = NOTHING
             set_step(-1)
 
         self.begin, self.end, self.record, self.set_step = begin, end, record, set_step
