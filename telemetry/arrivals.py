@@ -207,7 +207,7 @@ class ArrivalJoiner:
         if self._local_ranks is not None:
             elsewhere = arriving.size > self._local_ranks
             if elsewhere.any():
-                self.unjoined["other_nodes"] += int(np.count_nonzero(elsewhere))
+                self._give_up("other_nodes", int(np.count_nonzero(elsewhere)))
                 arriving = arriving.take(~elsewhere)
         if self._pending is not None:
             arriving = Arriving.concatenate([self._pending, arriving])
@@ -216,9 +216,7 @@ class ArrivalJoiner:
         self._newest_ns = max(self._newest_ns, int(arriving.end_ns.max()))
         keys = arriving.group << _SEQUENCE_BITS | arriving.sequence
         meetings = _meet(keys, arriving.size, arriving.op, arriving.begin_ns)
-        disagreeing = int(np.count_nonzero(meetings.disagree))
-        if disagreeing:
-            self.unjoined["desync"] += disagreeing
+        self._give_up("desync", int(np.count_nonzero(meetings.disagree)))
         left = meetings.order[~meetings.met & ~meetings.disagree]
         self._pending = self._patiently(arriving.take(left)) if len(left) else None
         whole = arriving.take(meetings.order[meetings.met])
@@ -249,8 +247,11 @@ class ArrivalJoiner:
         if len(keep) > _MAX_PENDING:
             oldest_first = keep[np.argsort(waiting.end_ns[keep])]
             keep = oldest_first[-_MAX_PENDING:]
-        given_up = len(waiting) - len(keep)
-        if given_up:
-            self.unjoined["other_nodes"] += int(np.count_nonzero(elsewhere))
-            self.unjoined["lost"] += given_up - int(np.count_nonzero(elsewhere))
+        abroad = int(np.count_nonzero(elsewhere))
+        self._give_up("other_nodes", abroad)
+        self._give_up("lost", len(waiting) - len(keep) - abroad)
         return waiting.take(keep) if len(keep) else None
+
+    def _give_up(self, reason: str, records: int) -> None:
+        if records:
+            self.unjoined[reason] += records

@@ -10,11 +10,9 @@ import numpy as np
 
 from .histograms import REQUEST_DURATIONS, HistogramTable
 from .labels import name_at
-from .ring import AUX, BEGIN, END, META, meta_name
+from .requests import unpack_request
+from .ring import BEGIN, END, META, meta_name
 from .ring_reader import Rows
-
-_QUEUE_BITS, _FIRST_BITS = 28, 27  # of aux, microseconds each
-_QUEUE_SHIFT, _FIRST_SHIFT = 8, 36
 
 
 class RequestTotals:
@@ -30,13 +28,13 @@ class RequestTotals:
         """Count REQUEST records."""
         if not len(rows):
             return
+        columns = unpack_request(rows)
         for meta in rows[:, META].tolist():
             self.finished[name_at(names, meta_name(meta)), rank] += 1
         for table, values in (
             (self.durations, rows[:, END] - rows[:, BEGIN]),
-            (self.queued, (rows[:, AUX] >> _QUEUE_SHIFT & (1 << _QUEUE_BITS) - 1) * 1000),
+            (self.queued, columns.queue_us * 1000),
         ):
             table.add(np.full(len(rows), table.row(rank)), values)
-        first = (rows[:, AUX] >> _FIRST_SHIFT & (1 << _FIRST_BITS) - 1) * 1000
-        first = first[first > 0]  # 0: there never was one
+        first = columns.first_token_us[columns.first_token_us > 0] * 1000  # 0: none came
         self.first_token.add(np.full(len(first), self.first_token.row(rank)), first)
