@@ -219,10 +219,10 @@ class HistogramTable(Mapping[Key, Histogram]):
         )
 
     def _frozen_exemplars(self, used: Integers) -> dict[int, list[Exemplar | None]]:
-        marked = np.flatnonzero(self._exemplars[:, :, 4].max(axis=1, initial=0))  # no time is 0
+        newest: Integers = self._exemplars[:, :, 4].max(axis=1, initial=0)  # no time is 0
         found: dict[int, list[Exemplar | None]] = {}
         for place, row in enumerate(used.tolist()):
-            if row < len(marked) and marked[row]:
+            if row < len(newest) and newest[row]:
                 found[place] = [
                     Exemplar(
                         (high & _MASK64) << 64 | low & _MASK64,
