@@ -37,8 +37,8 @@ class KeptStep:
 
     @property
     def num_records(self) -> int:
-        joined = self.joined
-        return sum(map(len, joined.rows.values())) + sum(map(len, joined.unfinished.values()))
+        """What it weighs in a bounded memory; four links as much as a record."""
+        return self.joined.num_records + len(self.links) // 4
 
     def span_ids(self, rank: int, rows: Rows) -> UnsignedWords:
         """The id of each record's span; `rows` are some of this rank's in this step."""
@@ -54,9 +54,28 @@ def rows_of(joined: JoinedStep, rank: int) -> Rows:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def step_arrivals(
-    joined: JoinedStep, names_by_rank: Mapping[int, Sequence[str]]
-) -> dict[int, Arrivals]:
-    """Who waited for whom in a step."""
-    ranks = sorted(joined.rows.keys() | joined.unfinished.keys())
-    return arrivals_of({rank: rows_of(joined, rank) for rank in ranks}, names_by_rank)
+def arrivals_in(
+    steps: Sequence[JoinedStep], names_by_rank: Mapping[int, Sequence[str]]
+) -> list[dict[int, Arrivals]]:
+    """Who waited for whom, by step and rank. Many steps at once cost half of one by one."""
+    parts: dict[int, list[Rows]] = {}
+    for joined in steps:
+        for rank in joined.rows.keys() | joined.unfinished.keys():
+            parts.setdefault(rank, []).append(rows_of(joined, rank))
+    found = arrivals_of(
+        {rank: np.concatenate(of_rank) for rank, of_rank in sorted(parts.items())}, names_by_rank
+    )
+    offsets = dict.fromkeys(parts, 0)
+    split = []
+    for joined in steps:
+        by_rank = {}
+        for rank in sorted(joined.rows.keys() | joined.unfinished.keys()):
+            first = offsets[rank]
+            last = first + sum(
+                len(part[rank]) for part in (joined.rows, joined.unfinished) if rank in part
+            )
+            waits, are_last, transfers = found[rank]
+            by_rank[rank] = Arrivals(waits[first:last], are_last[first:last], transfers[first:last])
+            offsets[rank] = last
+        split.append(by_rank)
+    return split

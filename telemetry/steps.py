@@ -8,6 +8,7 @@ Which requests it served follows from what the driver wrote when its batch chang
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,6 +41,10 @@ class JoinedStep:
     )  # in flight when the step was given up
     requests: tuple[int, ...] = ()  # numbers of those in the step's batch, ascending
 
+    @property
+    def num_records(self) -> int:
+        return sum(map(len, self.rows.values())) + sum(map(len, self.unfinished.values()))
+
 
 class StepJoiner:
     """Collects rows and releases whole steps, in order. Rows outside any step are ignored."""
@@ -55,18 +60,27 @@ class StepJoiner:
     def add(self, rank: int, rows: Rows) -> None:
         self._batch.add(rows)
         inside = rows[(rows[:, STEP] >= 0) & ((rows[:, META] & 0xF) <= LAST_OF_STEP)]
+        if not len(inside):
+            return
         steps = inside[:, STEP]
-        for step in np.unique(steps).tolist():
-            chosen = inside[steps == step]
+        if np.any(steps[1:] < steps[:-1]):  # something asynchronous ended after its step
+            inside = inside[np.argsort(steps, kind="stable")]
+            steps = inside[:, STEP]
+        edges = np.flatnonzero(steps[1:] != steps[:-1]) + 1
+        bounds = [0, *edges.tolist(), len(inside)]
+        for first, last in pairwise(bounds):
+            step = int(steps[first])
             if step <= self._released:
-                self.late += len(chosen)
+                self.late += last - first
                 continue
-            self._pending.setdefault(step, {}).setdefault(rank, []).append(chosen)
-            ends = chosen[(chosen[:, META] & 0xF) == STEP_KIND]
-            if len(ends):
-                self._ended.setdefault(step, set()).add(rank)
-                if ends[0, AUX] & 0xFF == DISCARDED:
-                    self._discard(step, rank)
+            self._pending.setdefault(step, {}).setdefault(rank, []).append(inside[first:last])
+        for end in inside[(inside[:, META] & 0xF) == STEP_KIND].tolist():
+            step = end[STEP]
+            if step <= self._released:
+                continue
+            self._ended.setdefault(step, set()).add(rank)
+            if end[AUX] & 0xFF == DISCARDED:
+                self._discard(step, rank)
 
     def _discard(self, step: int, rank: int) -> None:
         """It was no step on this rank: as if the rank had never begun it."""
@@ -97,7 +111,10 @@ class StepJoiner:
             open_rows = {
                 rank: rows[rows[:, STEP] == step] for rank, rows in pending.items() if not complete
             }
-            joined = {rank: np.concatenate(found) for rank, found in parts.items()}
+            joined = {
+                rank: found[0] if len(found) == 1 else np.concatenate(found)
+                for rank, found in parts.items()
+            }
             released.append(
                 JoinedStep(
                     step,
@@ -123,8 +140,8 @@ class _Batch:
         for row in rows[(kinds == SCHEDULED) | (kinds == REQUEST)].tolist():
             if row[META] & 0xF == SCHEDULED:
                 self._changes.append((row[STEP], row[SEQUENCE], bool(row[NBYTES])))
-            else:  # it is over, even if the record that says so was lost; its last step had it
-                self._changes.append((row[STEP] + 1, row[SEQUENCE], False))
+            elif row[STEP] >= 0:  # it is over, even if the record that says so was lost
+                self._changes.append((row[STEP] + 1, row[SEQUENCE], False))  # that step had it
 
     def at(self, step: int) -> tuple[int, ...]:
         """Of this step; steps are asked for in order. The same object while nothing changes."""

@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from span_model import model_spans, sdk_span
 
 from onecast.telemetry import otlp_encoder, ring
-from onecast.telemetry.kept_step import MAX_VALUE, KeptStep, step_arrivals
+from onecast.telemetry.kept_step import MAX_VALUE, KeptStep, arrivals_in
 from onecast.telemetry.otlp_encoder import Encoded, OtlpEncoder
 from onecast.telemetry.otlp_wire import Piece, Template, hole, padded_varints, varint
 from onecast.telemetry.probe import pack_frame
@@ -93,7 +93,7 @@ def kept_steps(draw: Any) -> list[KeptStep]:
                 trace_id("e", step),
                 "all",
                 joined,
-                step_arrivals(joined, dict(enumerate(NAMES))),
+                arrivals_in([joined], dict(enumerate(NAMES)))[0],
                 tuple(Link(*pair) for pair in pairs),
             )
         )
@@ -174,7 +174,7 @@ def test_large_steps_are_cut_into_requests_that_servers_take(
     rows[7, ring.END] = 0
     names = dict(enumerate(NAMES))
     joined = JoinedStep(3, {0: rows})
-    kept = KeptStep(3, trace_id("e", 3), "all", joined, step_arrivals(joined, names))
+    kept = KeptStep(3, trace_id("e", 3), "all", joined, arrivals_in([joined], names)[0])
     requests = OtlpEncoder(RESOURCES, "9").encode(SpanBuilder("e", names, OFFSET).build([kept]))
     assert len(requests) > 10
     assert max(len(request.body) for request in requests) < 41_000
