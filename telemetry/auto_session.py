@@ -14,7 +14,7 @@ import threading
 from .auto_hook import say
 from .auto_identity import Identity
 from .auto_steps import CollectiveTurns, OptimizerTurns, StepClock, Turns
-from .current import current_session
+from .current import current_session, opened_for_others
 from .intercept import Recorder
 from .ring import RingWriter
 from .run_directory import shared_run_dir
@@ -54,6 +54,7 @@ class AutomaticSession:
         self._turns: Turns | None = None
         self._ended = threading.Event()
         if session.recording:
+            opened_for_others(session)
             if rule == "optimizer":
                 self._turns = OptimizerTurns(session.phase("optimizer.step"))
             elif rule == "collectives":

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 _open: list["Session"] = []
+_automatic: "Session | None" = None
 
 
 def current_session() -> "Session | None":
@@ -26,5 +27,19 @@ def opened(session: "Session") -> None:
 
 
 def closed(session: "Session") -> None:
+    global _automatic
     if session in _open:
         _open.remove(session)
+    if _automatic is session:
+        _automatic = None
+
+
+def opened_for_others(session: "Session") -> None:
+    """It was not the program that started this one."""
+    global _automatic
+    _automatic = session
+
+
+def automatic_session() -> "Session | None":
+    """The session that records this process without its doing, if there is one."""
+    return _automatic

@@ -5,12 +5,13 @@ Owns what the runtime holds in its hands: `step`, `phase`, `probe`, `requests`, 
 what was recorded. How a rank comes into the run directory is in `joining`.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .current import closed, opened
+from .current import automatic_session, closed, opened
 from .errors import TelemetryError
 from .explicit import ExplicitCollectives
 from .intercept import CollectiveInstrumentor, Recorder
@@ -25,6 +26,8 @@ from .settings import TelemetrySettings
 from .sidecar_watch import SidecarWatch
 from .unrecorded import null_ring, tell_once
 from .values import VALUE_INDEX, VALUES
+
+_logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -46,7 +49,8 @@ class Session:
         self.run_dir = run_dir
         self.probe = RingProbe(ring)
         self.requests = RequestRecorder(ring)
-        self.own_step: Callable[[], None] | None = None  # called once, when `step` is first used
+        # What ends the steps of others: called once, by the first `step` or by `close`.
+        self.own_step: Callable[[], None] | None = None
         self._settings = settings
         self._ring = ring
         self._watch = watch
@@ -80,13 +84,16 @@ class Session:
 
     def step(self, step: int, batch_size: int = 0) -> StepScope:
         """`with session.step(n, size):` all that is recorded inside carries step n (>= 0)."""
-        if self.own_step is not None:
-            stop_others, self.own_step = self.own_step, None
-            stop_others()
+        self._end_steps_of_others()
         scope = self._step
         scope.step = step
         scope.batch_size = batch_size
         return scope
+
+    def _end_steps_of_others(self) -> None:
+        if self.own_step is not None:
+            end_them, self.own_step = self.own_step, None
+            end_them()
 
     def phase(self, name: str) -> PhaseScope:
         """`with session.phase("model.forward"):` a part of a step; name it with a constant."""
@@ -155,6 +162,7 @@ class Session:
         """
         if self._closed:
             return self._last_report
+        self._end_steps_of_others()
         self._closed = True
         closed(self)
         if os.getpid() != self._pid:
@@ -201,12 +209,18 @@ def start_session(
     records nothing (`Session.recording`).
 
     `recorder` makes what the interception records to, and hands on to the ring it is given.
+
+    In a program that is recorded without its doing (`opentelemetry-instrument`, `onecast telemetry
+    run`) this is the session that does so, with the settings of the environment.
     """
     if not 0 <= local_rank < local_world_size <= world_size or not 0 <= rank < world_size:
         raise ValueError(
             f"rank {rank} of {world_size}, local rank {local_rank} of {local_world_size}: "
             "ranks count from 0 and stay below their world size"
         )
+    if (already := automatic_session()) is not None:
+        _logger.warning("this program is recorded already: settings come from the environment")
+        return already
     try:
         if run_dir is None:
             alone = local_world_size == 1
