@@ -150,7 +150,7 @@ class CaptureLog:
     # ---- the patches
 
     def instrument(self, graph_class: Any = None, is_capturing: Any = None) -> None:
-        """Patch `torch.cuda.CUDAGraph`, where there is a GPU, or `graph_class`.
+        """Patch `torch.cuda.CUDAGraph`, if torch has CUDA, or `graph_class`.
 
         ValueError if this log already does.
         """
@@ -159,7 +159,7 @@ class CaptureLog:
         if graph_class is None:
             import torch
 
-            if not torch.cuda.is_available():
+            if torch.version.cuda is None:  # is_available() would start the driver
                 return
             graph_class, is_capturing = torch.cuda.CUDAGraph, torch.cuda.is_current_stream_capturing
         self._class, self._is_capturing = graph_class, is_capturing

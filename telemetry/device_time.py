@@ -1,8 +1,8 @@
 """How long a collective took on the GPU, from CUDA events, without ever waiting for the GPU.
 
-Owns the events around an operation, when they are recorded and when they are asked. Refuses to
-know metrics and spans: what it finds out goes into the ring as DEVICE records, late and in any
-order.
+Owns which operations are timed, and on which stream their events go (`device_events` has those).
+Refuses to know metrics and spans: what it finds out goes into the ring as DEVICE records, late and
+in any order.
 
 What is measured, on NCCL:
 
@@ -28,24 +28,22 @@ The price: an operation that was over before the program waited for it has no en
 is not timed, and counted as `over`. What is fully hidden behind compute is thus missing from the
 device times (the host times have it).
 
-The side stream is made by the driver, non-blocking, one per group and device: a stream of torch's
-pool may be one that the program or NCCL itself uses, and a blocking one would tie itself to the
-default stream.
+The side stream is one per group and device, and nobody else's, see `cuda_streams`.
 
 While any CUDA graph is captured nothing is recorded and nothing asked: asking after an event
 can invalidate a capture of another thread. Operations between `_start_coalescing` and
 `_end_coalescing` of torch's coalescing manager are not timed: their kernels start at its end.
 """
 
-import ctypes
 import logging
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Container
 from typing import Any, Protocol
 
 from .cuda_graphs import CaptureLog
+from .cuda_streams import DriverStreams
+from .device_events import EventPool, Timing
 from .ring import DEVICE
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +51,6 @@ _logger = logging.getLogger(__name__)
 _LOOKS = 4  # operations looked at per operation that is issued: more than come in
 _LOOKS_A_STEP = 256  # and per stream at the end of a step
 _SIDE_STREAMS = 32
-_CU_STREAM_NON_BLOCKING = 1
 
 
 class DeviceTimer(Protocol):
@@ -88,26 +85,6 @@ class TimedRecorder(Protocol):
 
     @property
     def record_in_step(self) -> Callable[[int, int, int, int, int, int, int], None]: ...
-
-
-class _Mark:
-    """One operation: its pair of events, and what its record will hold."""
-
-    __slots__ = ("begin", "begin_ns", "device", "end", "key", "meta", "nbytes", "sequence", "step",
-                 "stream")  # fmt: skip
-
-    begin_ns: int
-    key: int  # of the group
-    meta: int
-    nbytes: int
-    sequence: int
-    step: int
-    stream: Any  # that `begin` is on
-
-    def __init__(self, device: int, begin: Any, end: Any) -> None:
-        self.device = device
-        self.begin = begin
-        self.end = end
 
 
 class CudaDeviceTimer:
@@ -145,21 +122,15 @@ class CudaDeviceTimer:
         self._captures = captures
         self._cuda = cuda
         self._coalescing = coalescing
-        self._make_stream = make_stream or _DriverStreams(cuda).make
-        self._pool = pool
-        self._made: Counter[int] = Counter()  # marks, by device
-        self._free: dict[int, list[_Mark]] = {}
-        # Marks whose end is recorded, in the order of their stream: one list per device and stream.
-        self._lanes: dict[tuple[int, int], deque[_Mark]] = {}
-        self._turn: deque[deque[_Mark]] = deque()
+        self._make_stream = make_stream or DriverStreams(cuda).make
+        self._events = EventPool(cuda, captures, pool, self._write)
         self._side: dict[tuple[int, int], Any] = {}  # by device and group
-        self._lock = threading.Lock()
         self._off = False
 
     @property
     def waiting(self) -> int:
         """Operations whose time is not known yet."""
-        return sum(len(lane) for lane in list(self._lanes.values()))
+        return self._events.waiting
 
     # ---- around an operation
 
@@ -177,8 +148,8 @@ class CudaDeviceTimer:
             return None
         device: int = tensor.device.index
         try:
-            self._look(_LOOKS)
-            mark = self._take(device)
+            self._events.look(_LOOKS)
+            mark = self._events.take(device)
             if mark is None:
                 self.skipped["pool_full"] += 1
                 return None
@@ -218,35 +189,24 @@ class CudaDeviceTimer:
     def dropped(self, mark: Any) -> None:
         self._skip(mark, "unwaited")
 
-    def _end(self, mark: _Mark, stream: Any) -> None:
+    def _end(self, mark: Timing, stream: Any) -> None:
         try:
-            mark.end.record(stream)
+            self._events.end(mark, stream)
         except RuntimeError as error:
             self._give_up(error)
-            return
-        key = mark.device, stream.cuda_stream
-        lane = self._lanes.get(key)
-        if lane is None:
-            with self._lock:
-                lane = self._lanes.setdefault(key, deque())
-                self._turn.append(lane)
-        mark.stream = None
-        lane.append(mark)
 
-    def _skip(self, mark: _Mark, reason: str) -> None:
+    def _skip(self, mark: Timing, reason: str) -> None:
         self.skipped[reason] += 1
-        mark.stream = None
-        self._free[mark.device].append(mark)
+        self._events.give(mark)
 
     # ---- later
 
     def resolve(self) -> None:
         """Once a step: write down what is known by now, a bounded number of operations."""
-        if self._off or not self._turn or self._cuda.is_current_stream_capturing():
+        if self._off or not self.waiting or self._cuda.is_current_stream_capturing():
             return
         try:
-            for _ in range(len(self._turn)):
-                self._look(_LOOKS_A_STEP)
+            self._events.look_everywhere(_LOOKS_A_STEP)
         except RuntimeError as error:
             self._give_up(error)
 
@@ -263,51 +223,18 @@ class CudaDeviceTimer:
         if self.waiting:
             self.skipped["unfinished"] += self.waiting
         self._off = True
-        self._lanes.clear()
-        self._turn.clear()
+        self._events.clear()
         self._side.clear()
 
-    def _look(self, limit: int) -> None:
-        """Ask after the oldest operations of one stream, the streams taking turns."""
-        if not self._turn or not self._captures.lock.acquire(blocking=False):
-            return
-        try:
-            if self._captures.open:
-                return
-            lane = self._turn[0]
-            self._turn.rotate(-1)
-            for _ in range(limit):
-                if not lane or not (lane[0].end.query() and lane[0].begin.query()):
-                    return
-                self._write(lane.popleft())
-        finally:
-            self._captures.lock.release()
-
-    def _write(self, mark: _Mark) -> None:
-        duration_ns = round(mark.begin.elapsed_time(mark.end) * 1e6)
+    def _write(self, timing: Timing) -> None:
+        duration_ns = round(timing.begin.elapsed_time(timing.end) * 1e6)
         self._record(
-            mark.step, mark.begin_ns, mark.begin_ns + duration_ns, mark.meta, mark.sequence,
-            mark.nbytes, 0,
+            timing.step, timing.begin_ns, timing.begin_ns + duration_ns, timing.meta,
+            timing.sequence, timing.nbytes, 0,
         )  # fmt: skip
         self.timed += 1
-        self._free[mark.device].append(mark)
 
-    # ---- events and streams
-
-    def _take(self, device: int) -> _Mark | None:
-        free = self._free.get(device)
-        if free is None:
-            free = self._free.setdefault(device, [])
-        try:
-            return free.pop()
-        except IndexError:
-            if self._made[device] >= self._pool:
-                return None
-            self._made[device] += 1
-            event = self._cuda.Event
-            return _Mark(device, event(enable_timing=True), event(enable_timing=True))
-
-    def _side_stream(self, mark: _Mark) -> Any | None:
+    def _side_stream(self, mark: Timing) -> Any | None:
         key = mark.device, mark.key
         if key not in self._side:
             of_device = [stream for (device, _), stream in self._side.items() if device == key[0]]
@@ -323,30 +250,3 @@ class CudaDeviceTimer:
         if not self._off:
             self._off = True
             _logger.warning("no more device times of collectives: %s", error)
-
-
-class _DriverStreams:
-    """Non-blocking streams straight from the driver, kept until the process ends.
-
-    They are not destroyed: a group may outlive the timer's interest in it, and torch still holds
-    events that were recorded on them.
-    """
-
-    def __init__(self, cuda: Any) -> None:
-        self._cuda = cuda
-
-    def make(self, device: int) -> Any | None:
-        """A stream of this device; None, told once, if the driver gives none."""
-        try:
-            create = ctypes.CDLL("libcuda.so.1").cuStreamCreate
-        except (OSError, AttributeError) as error:
-            _logger.warning("no device times of asynchronous collectives: %s", error)
-            return None
-        handle = ctypes.c_void_p()
-        with self._cuda.device(device):
-            self._cuda.Event().record(self._cuda.current_stream(device))  # its context, made ours
-            code = create(ctypes.byref(handle), _CU_STREAM_NON_BLOCKING)
-        if code != 0 or handle.value is None:
-            _logger.warning("no device times of asynchronous collectives: driver error %d", code)
-            return None
-        return self._cuda.ExternalStream(handle.value, device=device)

@@ -58,6 +58,7 @@ def _program(rank: int, rounds: int) -> list[Case]:
     # What is deprecated must be seen all the same.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        assert session.run_dir is not None, "nothing is recorded"
         reader = RingReader(ring_path(session.run_dir, rank))
         groups: list[Any] = [dist.group.WORLD, pairs]
         for name, run in _cases(rank, pairs):
