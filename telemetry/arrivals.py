@@ -138,7 +138,7 @@ def _identify(
 
 @dataclass(slots=True)
 class Arriving:
-    """Finished collectives as columns; all int64 [n] but `timed`, bool [n]."""
+    """Finished collectives as columns, int64 [n]."""
 
     group: Integers  # its number
     sequence: Integers
@@ -146,8 +146,8 @@ class Arriving:
     op: Integers  # its number
     begin_ns: Integers
     end_ns: Integers
-    series: Integers  # handed through
-    timed: Booleans  # whether its end says how long it took
+    series: Integers  # handed through, as the next
+    status: Integers
 
     def __len__(self) -> int:
         return len(self.group)
@@ -163,13 +163,13 @@ class Arriving:
 
 
 class Joined(NamedTuple):
-    """Records whose collective has become whole; int64 [n] but the last two, bool [n]."""
+    """Records whose collective has become whole; int64 [n] but the last, bool [n]."""
 
     series: Integers
     wait_ns: Integers
     transfer_ns: Integers
+    status: Integers
     is_last: Booleans
-    timed: Booleans
 
 
 class ArrivalJoiner:
@@ -225,8 +225,8 @@ class ArrivalJoiner:
             whole.series,
             last_begin - whole.begin_ns,
             np.maximum(whole.end_ns - last_begin, 0),
+            whole.status,
             meetings.is_last[meetings.met],
-            whole.timed,
         )
 
     def _patiently(self, waiting: Arriving) -> Arriving | None:

@@ -1,7 +1,7 @@
 """What the collectives of one node's ranks add up to.
 
 Owns their series and how a batch of records is spread over them. Failed operations count as
-errors, not as durations; those that nobody waited for have no end that says how long they took,
+errors and as nothing else; those that nobody waited for have no end that says how long they took,
 so they count as arrivals and not as transfers. Knows neither Prometheus nor traces.
 """
 
@@ -162,7 +162,7 @@ class CollectiveTotals:
             begins,
             ends,
             series,
-            status == OK,
+            status,
         )
         self._join(arriving if together.all() else arriving.take(together))
 
@@ -218,13 +218,16 @@ class CollectiveTotals:
         joined = self.joiner.join(arriving)
         if joined is None:
             return
-        self.waits.add(joined.series, joined.wait_ns)
-        timed = joined.timed
-        if timed.all():
-            self.transfers.add(joined.series, joined.transfer_ns)
-        else:
-            self.transfers.add(joined.series[timed], joined.transfer_ns[timed])
-        np.add.at(self._last, self._group_of_series[joined.series[joined.is_last]], 1)
+        for table, values, counted in (
+            (self.waits, joined.wait_ns, joined.status != ERROR),
+            (self.transfers, joined.transfer_ns, joined.status == OK),
+        ):
+            if counted.all():
+                table.add(joined.series, values)
+            else:
+                table.add(joined.series[counted], values[counted])
+        last = joined.series[joined.is_last & (joined.status != ERROR)]
+        np.add.at(self._last, self._group_of_series[last], 1)
 
     def _sources(self, rank: int, rows: Rows, names: Sequence[str]) -> Integers:
         """The source of each record; new ones are made."""

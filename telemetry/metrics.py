@@ -4,15 +4,11 @@ Owns which total goes into which series of the `catalogue`. Counts nothing itsel
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-import prometheus_client
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
 
 from .aggregate import Aggregate, GroupKey
 from .arrivals import UNJOINED
@@ -90,7 +86,11 @@ def families_of(snapshot: Snapshot) -> list[Family]:
         *_steps_and_frames(snapshot.aggregate),
         *_requests(snapshot.aggregate),
         *_ranks(snapshot.ranks),
-        _numbers("onecast_telemetry_dropped_total", sorted(snapshot.dropped.items())),
+        # One series from the start: the first loss is an increase, too.
+        _numbers(
+            "onecast_telemetry_dropped_total",
+            sorted({("records", "overrun"): 0, **snapshot.dropped}.items()),
+        ),
         _numbers("onecast_sidecar_restarts_total", [((), snapshot.sidecar_restarts)]),
         _numbers("onecast_build_info", [((package_version(), snapshot.engine_id), 1)]),
     ]
@@ -199,42 +199,3 @@ def _ranks(ranks: list[RankState]) -> list[Family]:
         _numbers("onecast_collective_unrecorded_total", unrecorded),
         *(_numbers(name, samples) for name, samples in values.items()),
     ]
-
-
-class TelemetryCollector(Collector):
-    """The same for a registry of prometheus_client, without exemplars."""
-
-    def __init__(self, snapshot: Callable[[], AbstractContextManager[Snapshot]]) -> None:
-        self._snapshot = snapshot
-
-    def describe(self) -> list[prometheus_client.Metric]:
-        return []  # so that registering does not collect
-
-    def collect(self) -> Iterator[prometheus_client.Metric]:
-        with self._snapshot() as snapshot:
-            families = families_of(snapshot)
-        return map(_as_prometheus, families)
-
-
-def _as_prometheus(family: Family) -> Any:
-    name, kind, labels, text = family.metric
-    if isinstance(family, Histograms):
-        histogram: Any = HistogramMetricFamily(name, text, labels=labels)
-        for frozen, further in family.parts:
-            bounds = [*map(repr, frozen.scale.bounds), "+Inf"]
-            for key, counts, total in zip(frozen.keys, frozen.cumulative, frozen.sums, strict=True):
-                values = key if isinstance(key, tuple) else (key,)
-                histogram.add_metric(
-                    [*map(str, values), *further],
-                    list(zip(bounds, map(float, counts), strict=True)),
-                    float(total),
-                )
-        return histogram
-    numbers: Any = (
-        CounterMetricFamily(name.removesuffix("_total"), text, labels=labels)
-        if kind == "counter"
-        else GaugeMetricFamily(name, text, labels=labels)
-    )
-    for values, number in family.samples:
-        numbers.add_metric(list(values), number)
-    return numbers

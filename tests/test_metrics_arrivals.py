@@ -215,7 +215,7 @@ def test_different_operations_under_one_number_are_a_desync_and_no_wait() -> Non
     assert counts == {("all_reduce", 0): 2, ("all_reduce", 1): 2}
 
 
-def test_failed_and_unwaited_operations_arrive_but_their_ends_say_nothing() -> None:
+def test_who_fails_has_not_come_and_the_end_of_what_nobody_waits_for_says_nothing() -> None:
     names = {0: Names(), 1: Names()}
     aggregate = Aggregate(local_ranks=2)
     for rank, table in names.items():
@@ -232,7 +232,9 @@ def test_failed_and_unwaited_operations_arrive_but_their_ends_say_nothing() -> N
                 table,
             ),
         )
-    assert {key.rank: h.total for key, h in aggregate.arrival_waits.items()} == {0: 15, 1: 0}
+    waits = aggregate.arrival_waits
+    assert {key.rank: (h.count, h.total) for key, h in waits.items()} == {0: (2, 10), 1: (2, 0)}
+    assert sum(aggregate.last_arrivals.values()) == 2
     assert {key.rank: h.total for key, h in aggregate.transfers.items()} == {0: 75, 1: 75}
     assert {key.rank: h.count for key, h in aggregate.transfers.items()} == {0: 1, 1: 1}
     assert {key.rank: h.count for key, h in aggregate.collectives.items()} == {0: 2, 1: 2}
