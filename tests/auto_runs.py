@@ -94,6 +94,18 @@ class Program:
                     found[tuple(sample.labels.get(label, "") for label in labels)] += sample.value
         return dict(found)
 
+    def await_counts(self, wanted: Counts, *, others: bool = False) -> None:
+        """Wait until ranks have just so many collectives; `others`: of these ops at least."""
+        deadline = time.monotonic() + 10
+
+        def found() -> Counts:
+            counts = self.counts("op", "rank")
+            return {key: counts[key] for key in counts if key in wanted or not others}
+
+        while found() != wanted and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert found() == wanted
+
 
 Counts = dict[tuple[str, ...], float]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from auto_runs import ONECAST_RUN, OPENTELEMETRY, Program, wait_until
+from auto_runs import BIN, ONECAST_RUN, OPENTELEMETRY, Program, wait_until
 from otlp_receivers import Requests, http_receiver
 
 Start = Callable[..., Program]
@@ -81,7 +81,7 @@ def ddp_with_the_hook(start: Start, command: tuple[str, ...]) -> None:
         program.meet()
         # One for the mean loss and one for the gradients in each step.
         wanted = same_on_all_ranks(all_reduce=2 * STEPS)
-        wait_until(lambda: program.counts("op", "rank").items() >= wanted.items(), "the counts", 10)
+        program.await_counts(wanted, others=True)
         steps = program.counts("rank", metric="step_duration_seconds_count")
         assert steps == {(rank,): STEPS for rank in RANKS}
         assert program.finish() == 0
@@ -96,7 +96,7 @@ def fsdp_as_it_is(start: Start, command: tuple[str, ...]) -> None:
         wanted = same_on_all_ranks(
             all_gather_into_tensor=4 * STEPS, reduce_scatter_tensor=2 * STEPS, all_reduce=STEPS
         )
-        wait_until(lambda: program.counts("op", "rank") == wanted, "the counts", 10)
+        program.await_counts(wanted)
         assert set(program.counts("rank", metric="collective_unrecorded_total").values()) <= {0.0}
         assert program.finish() == 0
         assert_each_step_is_a_trace_of_both_ranks(
@@ -129,7 +129,7 @@ def test_ddp_without_the_hook_computes_the_same_and_shows_what_went_by(start: St
     program = start(ONECAST_RUN, "ddp.py", STEPS)
     program.meet()
     wanted = same_on_all_ranks(all_reduce=STEPS)
-    wait_until(lambda: program.counts("op", "rank") == wanted, "the counts", 10)
+    program.await_counts(wanted)
     unrecorded = program.counts("rank", metric="collective_unrecorded_total")
     assert unrecorded.keys() == {(rank,) for rank in RANKS}
     assert min(unrecorded.values()) >= STEPS  # a bucket of gradients in each
@@ -164,7 +164,7 @@ def test_two_programs_on_one_host_do_not_meet(start: Start) -> None:
         program.meet()
     wanted = same_on_all_ranks(all_reduce=STEPS)
     for program in both:
-        wait_until(lambda each=program: each.counts("op", "rank") == wanted, "the counts", 10)
+        program.await_counts(wanted)
     urls = sorted(program.metrics_url for program in both)
     assert len(set(urls)) == 2 and any(f":{port}/" in url for url in urls)
     late = next(program for program in both if f":{port}/" not in program.metrics_url)
@@ -173,11 +173,35 @@ def test_two_programs_on_one_host_do_not_meet(start: Start) -> None:
 
 
 @pytest.mark.slow
+def test_nodes_have_their_own_sidecars_and_one_trace_a_step(start: Start) -> None:
+    """Two nodes that are one host: they share /dev/shm, and all that could mix them up."""
+    with socket.socket() as found, http_receiver() as (endpoint, received):
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+        found.close()
+        nodes = [
+            start(
+                ONECAST_RUN, "fsdp.py", STEPS, meet=False, **traces_to(endpoint),
+                launcher=(str(BIN / "torchrun"), "--nnodes=2", f"--node-rank={node}",
+                          "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"),
+            )
+            for node in range(2)
+        ]  # fmt: skip
+        assert [node.finish() for node in nodes] == [0, 0]
+        assert all("metrics of 1 rank at" in node.err for node in nodes)
+        assert nodes[0].metrics_url != nodes[1].metrics_url
+        wait_until(lambda: len(spans_by_trace(received)) == STEPS, "traces", 10)
+        for spans in spans_by_trace(received).values():
+            assert {rank for rank, name in spans if name == "worker.step"} == {0, 1}
+            assert spans[None, "engine.step"] == 1
+
+
+@pytest.mark.slow
 def test_groups_of_collectives_are_steps(start: Start) -> None:
     program = start(ONECAST_RUN, "loader.py", 10, options=("--step", "collectives:4"))
     program.meet()
     wanted = same_on_all_ranks(all_reduce=10, barrier=1)
-    wait_until(lambda: program.counts("op", "rank") == wanted, "the counts", 10)
+    program.await_counts(wanted)
     steps = program.counts("rank", metric="step_duration_seconds_count")
     assert steps == {(rank,): (10 + 1) // 4 for rank in RANKS}
     assert program.finish() == 0
@@ -189,7 +213,7 @@ def test_a_programs_own_steps_win(start: Start, tmp_path: Path) -> None:
     program = start(ONECAST_RUN, "own_steps.py", 2, 3, options=("--trace", str(trace)))
     program.meet()
     wanted = same_on_all_ranks(all_reduce=2 + 3)
-    wait_until(lambda: program.counts("op", "rank") == wanted, "the counts", 10)
+    program.await_counts(wanted)
     assert program.finish() == 0
     steps = {
         tag["value"]
@@ -209,7 +233,7 @@ def test_ranks_that_a_program_starts_itself_are_seen(
     program = start(command, "spawned.py", 6, launcher=(sys.executable,))
     program.meet()
     wanted = same_on_all_ranks(all_reduce=6)
-    wait_until(lambda: program.counts("op", "rank") == wanted, "the counts", 10)
+    program.await_counts(wanted)
     assert "metrics of 2 ranks" in program.err
     assert program.finish() == 0
 
