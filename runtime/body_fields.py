@@ -98,6 +98,30 @@ class BodyFields:
             raise self._wrong(name, "a text in it is empty")
         return tuple(texts)
 
+    def texts_by_name(
+        self, name: str, most: int, longest_name: int, longest_text: int
+    ) -> dict[str, str]:
+        """An object of up to `most` texts; lengths in characters."""
+        value = self.take(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self._wrong_type(name, value, "not an object")
+        if len(value) > most:
+            raise self._wrong(name, f"{len(value)} entries are above {most}")
+        for key, text in value.items():
+            if len(key) > longest_name:
+                raise self._wrong(
+                    name, f"the name {show(key)} has {len(key)} characters, above {longest_name}"
+                )
+            if not isinstance(text, str):
+                raise self._wrong_type(f"{name}.{key}", text, "not a text")
+            if len(text) > longest_text:
+                raise self._wrong(
+                    f"{name}.{key}", f"{len(text)} characters are above {longest_text}"
+                )
+        return value
+
     def integers(self, name: str, least: int) -> tuple[int, ...]:
         value = self.take(name)
         if value is None:

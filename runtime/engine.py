@@ -14,6 +14,7 @@ from .detokenizer import Detokenizer
 from .executor import StepExecutor
 from .observer import Observer
 from .request import Request, Sequence
+from .request_log import RequestLog
 from .sampling import Sampler
 from .scheduler import Scheduler
 from .step import StepPlan, prepare_inputs
@@ -48,18 +49,27 @@ class Engine:
         self._sampler = sampler
         self._tokenizer = tokenizer
         self._observer = observer
+        self._log = None if observer.requests is None else RequestLog(observer.requests)
+        self._num_requests = 0
         self._texts: dict[Sequence, Detokenizer] = {}
 
     def add(self, request: Request) -> None:
         """Queue a request; ValueError, naming value and limit, if it could never finish."""
         self.scheduler.add(request)
+        request.number = self._num_requests
+        self._num_requests += 1
+        if self._log is not None:
+            self._log.admitted(request)
         for sequence in request.sequences:
             self._texts[sequence] = Detokenizer(self._tokenizer, request.params.stop)
 
     def abort(self, request_id: str) -> None:
         """End a request without a result; an unknown id ends nothing."""
-        for sequence in self.scheduler.abort(request_id):
+        ended = self.scheduler.abort(request_id)
+        for sequence in ended:
             del self._texts[sequence]
+        if ended and self._log is not None:
+            self._log.aborted(ended[0].request)
 
     @property
     def has_unfinished(self) -> bool:
@@ -67,12 +77,22 @@ class Engine:
 
     def step(self) -> list[tuple[Sequence, str]]:
         """Run one step; returns the sequences it finished, with their whole texts."""
-        scheduler, observer = self.scheduler, self._observer
+        try:
+            return self._run_step()
+        except Exception as error:
+            if self._log is not None:
+                self._log.failed(error)
+            raise
+
+    def _run_step(self) -> list[tuple[Sequence, str]]:
+        scheduler, observer, log = self.scheduler, self._observer, self._log
         with observer.step(scheduler.step) as observed:
             with observer.phase("schedule"):
                 plan = scheduler.schedule()
                 assert plan is not None, "a step without an unfinished request"
                 inputs = prepare_inputs(plan, scheduler.config.block_size)
+                if log is not None:
+                    log.scheduled(plan)
             observed.set_batch_size(len(plan.scheduled))
             with observer.phase("step.publish"):
                 frame = self._channel.publish(inputs)
@@ -86,6 +106,8 @@ class Engine:
             with observer.phase("commit"):
                 scheduler.commit(plan, tokens)
                 finished = self._extend_texts(plan)
+                if log is not None:
+                    log.committed(plan)
         self._publish_values()
         return finished
 

@@ -1,9 +1,10 @@
-"""What the loop tells whoever watches it: steps, phases and a few values.
+"""What the loop tells whoever watches it: steps, phases, requests and a few values.
 
 Owns the narrow protocol, and the observer that watches nothing. Knows nothing of telemetry:
 `launch.py` alone puts the real one here.
 """
 
+from collections.abc import Set
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -30,11 +31,40 @@ class ObservedStep(Protocol):
         """No step after all: what arrived was the end of the run."""
 
 
+class RequestObserver(Protocol):
+    """What becomes of requests. Each has a number of its own in this engine, counted from 0."""
+
+    def admitted(
+        self, number: int, traceparent: str | None = None, tracestate: str | None = None
+    ) -> None:
+        """It was queued; the W3C trace context that it came with, unchecked."""
+
+    def scheduled(self, step: int, numbers: Set[int]) -> None:
+        """The requests that have a part in a step; `numbers` must not change afterwards."""
+
+    def finished(
+        self,
+        number: int,
+        arrival_ns: int,
+        first_scheduled_ns: int,
+        first_token_ns: int,
+        prompt: int,
+        generated: int,
+        reason: str,
+        error: bool = False,
+    ) -> None:
+        """It is over. perf_counter_ns, 0 for what never came; tokens; `reason` as OpenAI has it,
+        "abort", or with `error` the exception's type."""
+
+
 class Observer(Protocol):
     """The loop's view of telemetry. All calls are cheap enough for the hot path."""
 
     @property
     def probe(self) -> Probe | None: ...
+
+    @property
+    def requests(self) -> RequestObserver | None: ...
 
     def step(self, step: int, batch_size: int = 0) -> ObservedStep: ...
 
@@ -61,6 +91,7 @@ class NullObserver:
     """Watches nothing, allocates nothing."""
 
     probe: Probe | None = None
+    requests: RequestObserver | None = None
     _nothing = _Unobserved()
 
     def step(self, step: int, batch_size: int = 0) -> ObservedStep:

@@ -4,7 +4,8 @@ Owns the parameters of /v1/completions and /v1/chat/completions: their names, li
 defaults. Nothing is ignored that could change a text: parameters that are known but not supported,
 and parameters nobody knows, are refused by name. Knows nothing of files or of how tokens are made.
 
-Extensions to OpenAI's parameters: top_k, stop_token_ids, ignore_eos.
+Extensions to OpenAI's parameters: top_k, stop_token_ids, ignore_eos; and in `metadata`, which
+otherwise changes nothing, the W3C trace context of the caller as `traceparent` and `tracestate`.
 
 A request without a seed gets one derived from its `seed_key` (in a batch file: the custom_id) and
 the number of the prompt in its body. So a batch that is run again, or resumed, gives the same
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from .body_fields import BodyFields, RequestError, show
 from .chat_messages import parse_messages
-from .request import Request, SamplingParams, Sequence
+from .request import Request, SamplingParams, Sequence, TraceHeaders
 from .tokenizer import Tokenizer
 
 COMPLETIONS_URL: Final = "/v1/completions"
@@ -29,10 +30,11 @@ MAX_PROMPTS = 2048  # in one body
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512  # entries, characters
 DEFAULT_COMPLETION_TOKENS = 16
 
 # Parameters that change nothing here, whatever they hold.
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_IGNORED = ("user", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 # Known parameters we do not support, and the values that ask for nothing; null is always one.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -101,11 +103,28 @@ def parse_request(
     for name in _IGNORED:
         fields.take(name)
     model = fields.text("model") or context.model
+    trace = _trace_headers(fields)
     if url == COMPLETIONS_URL:
-        return _parse_completion(fields, model, request_id, seed_key, context)
-    if url == CHAT_URL:
-        return _parse_chat(fields, model, request_id, seed_key, context)
-    raise RequestError(f"url: {show(url)} is neither {COMPLETIONS_URL} nor {CHAT_URL}", param="url")
+        call = _parse_completion(fields, model, request_id, seed_key, context)
+    elif url == CHAT_URL:
+        call = _parse_chat(fields, model, request_id, seed_key, context)
+    else:
+        raise RequestError(
+            f"url: {show(url)} is neither {COMPLETIONS_URL} nor {CHAT_URL}", param="url"
+        )
+    for request in call.requests:
+        request.trace = trace
+    return call
+
+
+def _trace_headers(fields: BodyFields) -> TraceHeaders | None:
+    """What `metadata` says of the caller's trace. Whether it is well-formed, telemetry finds out:
+    W3C has a context that is not be ignored, not refused."""
+    metadata = fields.texts_by_name("metadata", MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE)
+    traceparent = metadata.get("traceparent")
+    if traceparent is None:
+        return None
+    return TraceHeaders(traceparent, metadata.get("tracestate"))
 
 
 def _parse_completion(

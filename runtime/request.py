@@ -75,6 +75,14 @@ class Sequence:
         return len(self.token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class TraceHeaders:
+    """The W3C trace context of whoever made a request, as it was given."""
+
+    traceparent: str
+    tracestate: str | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt and its `params.n` sequences."""
@@ -83,6 +91,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     sequences: list[Sequence] = field(default_factory=list)
+    trace: TraceHeaders | None = None
+    number: int = -1  # in the order of arrival at the engine, which gives it
 
     def __post_init__(self) -> None:
         if not self.sequences:

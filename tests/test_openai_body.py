@@ -19,7 +19,7 @@ from onecast.runtime.openai_body import (
     parse_request,
 )
 from onecast.runtime.openai_response import response_body
-from onecast.runtime.request import SampledToken, SamplingParams, Status
+from onecast.runtime.request import SampledToken, SamplingParams, Status, TraceHeaders
 from onecast.runtime.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 100
@@ -95,7 +95,7 @@ def test_every_parameter_reaches_the_sampler(context: BodyContext) -> None:
         "stop_token_ids": [4, 5],
         "ignore_eos": True,
         "user": "someone",
-        "metadata": {"a": 1},
+        "metadata": {"a": "1"},
     }
     expected = SamplingParams(
         max_tokens=5,
@@ -118,6 +118,36 @@ def test_every_parameter_reaches_the_sampler(context: BodyContext) -> None:
     assert params(completion(context, top_k=-1)).top_k == 0
     zero_mass = params(completion(context, top_p=0))
     assert (zero_mass.top_p, zero_mass.top_k) == (1.0, 1), "the most likely token alone"
+
+
+def test_the_trace_context_in_metadata_reaches_every_request(context: BodyContext) -> None:
+    metadata = {"traceparent": "00-ab", "tracestate": "a=1", "other": "x"}
+    call = completion(context, prompt=["a", "dog"], metadata=metadata)
+    assert [request.trace for request in call.requests] == [TraceHeaders("00-ab", "a=1")] * 2
+    (request,) = chat(context, metadata={"traceparent": "00-ab"}).requests
+    assert request.trace == TraceHeaders("00-ab")
+    for nothing in ({}, {"tracestate": "a=1"}, None):
+        (request,) = completion(context, metadata=nothing).requests
+        assert request.trace is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "param", "told"),
+    [
+        ("x", "metadata", "is not an object"),
+        ({"a": 1}, "metadata.a", "1 is not a text"),
+        ({"traceparent": None}, "metadata.traceparent", "null is not a text"),
+        ({"k" * 65: "v"}, "metadata", "65 characters, above 64"),
+        ({"a": "v" * 513}, "metadata.a", "513 characters are above 512"),
+        ({str(n): "v" for n in range(17)}, "metadata", "17 entries are above 16"),
+    ],
+)
+def test_metadata_is_texts_by_name(
+    context: BodyContext, metadata: Any, param: str, told: str
+) -> None:
+    with pytest.raises(RequestError, match=told) as caught:
+        completion(context, metadata=metadata)
+    assert caught.value.param == param
 
 
 def test_each_prompt_of_a_body_is_a_request(context: BodyContext) -> None:
