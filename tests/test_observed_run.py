@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -43,12 +44,17 @@ def scrape(url: str) -> Samples:
     }
 
 
-def collective_counts(samples: Samples, op: str, group: str) -> dict[str, float]:
-    """Rank -> observations in the duration histogram, all size classes together."""
+def collective_counts(
+    samples: Samples,
+    op: str,
+    group: str,
+    series: str = "onecast_collective_duration_seconds_count",
+) -> dict[str, float]:
+    """Rank -> observations in a histogram, all size classes together."""
     counts: dict[str, float] = {}
     for (name, *labels), value in samples.items():
         found = dict(labels)
-        if name == "onecast_collective_duration_seconds_count" and (
+        if name == series and (
             found["op"],
             found["group"],
         ) == (op, group):
@@ -109,8 +115,13 @@ def _observed_engine(rank: int, checkpoint: Path, run_dir: str) -> dict[str, Any
         for _ in range(100):  # the other rank may be at its last step, the sidecar reads at 20 Hz
             samples = scrape(session.metrics_url)
             counts = collective_counts(samples, "all_reduce", "tp")
-            if min(counts.values(), default=0) >= expected:
+            ended = [
+                samples.get(("onecast_step_duration_seconds_count", ("rank", rank)), 0)
+                for rank in "01"
+            ]
+            if min(counts.values(), default=0) >= expected and min(ended) >= steps:
                 break
+            time.sleep(0.05)
         seen = {
             "samples": samples,
             "steps": steps,
@@ -133,6 +144,23 @@ def test_a_scrape_finds_exactly_the_collectives_that_the_model_must_have_issued(
     reductions = steps * (1 + 2 * seen["layers"])
     assert collective_counts(samples, "all_reduce", "tp") == {"0": reductions, "1": reductions}
     assert collective_counts(samples, "gather", "tp") == {"0": steps, "1": steps}
+    waits = "onecast_collective_arrival_wait_seconds_count"
+    assert collective_counts(samples, "all_reduce", "tp", waits) == {
+        "0": reductions,
+        "1": reductions,
+    }
+    ended = ("onecast_requests_total", ("finish_reason", "length"), ("rank", "0"))
+    assert samples[ended] == 6
+    for name in ("duration", "queue", "time_to_first_token"):
+        assert samples[f"onecast_request_{name}_seconds_count", ("rank", "0")] == 6
+    for rank in "01":
+        exposed = "onecast_step_exposed_communication_seconds"
+        assert samples[f"{exposed}_count", ("rank", rank)] == steps
+        assert (
+            0
+            < samples[f"{exposed}_sum", ("rank", rank)]
+            < samples["onecast_step_duration_seconds_sum", ("rank", rank)]
+        )
     broadcasts = collective_counts(samples, "broadcast", "control")
     assert broadcasts["0"] >= steps
     assert counters.swapped_out > 0
@@ -165,7 +193,11 @@ def steps_printed(out: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("receiver", "protocol"), [(http_receiver, "http/protobuf"), (grpc_receiver, "grpc")]
+    ("receiver", "protocol"),
+    [
+        (http_receiver, "http/protobuf"),
+        pytest.param(grpc_receiver, "grpc", marks=pytest.mark.slow),
+    ],
 )
 def test_a_generate_run_is_scraped_while_it_goes_on_and_traced_step_by_step(
     tmp_path: Path, receiver: Any, protocol: str
@@ -190,6 +222,7 @@ def test_a_generate_run_is_scraped_while_it_goes_on_and_traced_step_by_step(
             env={
                 "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
                 "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+                "OTEL_TRACES_SAMPLER": "always_on",
             },
         )
         while process.poll() is None:
@@ -207,6 +240,9 @@ def test_a_generate_run_is_scraped_while_it_goes_on_and_traced_step_by_step(
     counted = [counts for counts in live if counts.keys() == {"0", "1"}]
     assert counted, "both ranks were on /metrics while the run went on"
     traces = spans_by_trace(received)
+    requests = {key for key, spans in traces.items() if {s.name for _, s in spans} == {"request"}}
+    assert len(requests) == len(lines)
+    traces = {key: spans for key, spans in traces.items() if key not in requests}
     assert len(traces) == steps
     reductions = 0
     for spans in traces.values():
@@ -215,6 +251,7 @@ def test_a_generate_run_is_scraped_while_it_goes_on_and_traced_step_by_step(
         assert {rank for rank, span in spans if span.name == "worker.step"} == {0, 1}
         (root,) = [span for _, span in spans if not span.parent_span_id]
         assert root.name == "engine.step"
+        assert root.links and {link.trace_id for link in root.links} <= requests
         for rank, span in spans:
             if span is root:
                 continue
@@ -241,7 +278,12 @@ def test_a_generate_run_is_scraped_while_it_goes_on_and_traced_step_by_step(
     every_name = {span.name for spans in traces.values() for _, span in spans}
     assert {"kv.swap_out", "kv.swap_in", "kv.copy"} <= every_name
     shown = json.loads(trace.read_text())
-    assert len({span["traceID"] for span in _jaeger_spans(shown)}) == steps
+    shown_steps = {
+        span["traceID"]
+        for span in _jaeger_spans(shown)
+        if span["operationName"] in ("engine.step", "worker.step")
+    }
+    assert len(shown_steps) == steps
 
 
 def _jaeger_spans(trace: dict[str, Any]) -> list[dict[str, Any]]:
