@@ -27,8 +27,10 @@ from socketserver import ThreadingTCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from .live import live_view
 from .metrics import MetricsPage
 from .node import Node
+from .page import PAGE
 
 MAX_AGE_S = 0.25
 REST = 9
@@ -78,7 +80,7 @@ class _Documents:
         self._lock = threading.Lock()
         self._rendered = {
             "/report": Rendered(lambda: json.dumps(node.report()).encode()),
-            "/live.json": Rendered(lambda: json.dumps(_live_view(node)).encode()),
+            "/live.json": Rendered(lambda: json.dumps(live_view(node)).encode()),
             "/hangs.json": Rendered(lambda: json.dumps(_hangs(node)).encode()),
         }
 
@@ -96,7 +98,7 @@ class _Documents:
         if path == "/healthz":
             return _TEXT, b"ok\n"
         if path == "/":
-            return "text/html; charset=utf-8", _page()
+            return "text/html; charset=utf-8", PAGE
         return None
 
 
@@ -202,21 +204,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent: the sidecar's stderr is the program's."""
 
 
-def _page() -> bytes:
-    try:
-        from .page import PAGE
-    except ModuleNotFoundError:
-        return b"<!doctype html><title>onecast</title><a href=/metrics>/metrics</a>"
-    return PAGE
-
-
-def _live_view(node: Any) -> dict[str, Any]:
-    try:
-        from .live import live_view
-    except ModuleNotFoundError:
-        return {}
-    return live_view(node)
-
-
-def _hangs(node: Any) -> dict[str, Any]:
-    return {"hangs": [{"text": hang.text} for hang in getattr(node, "hangs", ())]}
+def _hangs(node: Node) -> dict[str, Any]:
+    with node.lock:
+        return {"hangs": [hang.to_dict() for hang in node.hangs]}

@@ -1,7 +1,7 @@
-"""The state of one node: its rings, what they add up to, and where their steps go.
+"""The state of one node: its rings, what they add up to, where their steps go, and what hangs.
 
-Owns the order of things: find rings, drain them, count, join, hand on. One lock, because scrapes
-come from HTTP threads. Knows neither HTTP nor processes' ends; `sidecar` does.
+Owns the order of things: find rings, drain them, count, join, hand on, watch. One lock, because
+scrapes come from HTTP threads. Knows neither HTTP nor processes' ends; `sidecar` does.
 """
 
 import logging
@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from .aggregate import Aggregate, group_label, oldest_in_flight
+from .cursors import Cursors
 from .errors import TelemetryError
+from .hang import Hang, HangWatch
 from .metrics import RankState, Snapshot
-from .otlp import OtlpExport
 from .ring import UNSET
-from .ring_reader import RingReader, Rows
-from .spans import SpanBuilder
-from .steps import JoinedStep, StepJoiner
-from .trace_file import TraceFile
+from .ring_reader import Drained, RingReader, Rows
+from .steps import StepJoiner
+from .tracing import Tracing
 from .values import VALUES
 
 _logger = logging.getLogger(__name__)
 
 
 class Node:
-    """All rings of one run directory."""
+    """All rings of one run directory. What is public is read under `lock`."""
 
     def __init__(
         self,
@@ -36,41 +36,36 @@ class Node:
         *,
         engine_id: str,
         local_world_size: int,
-        trace_file: TraceFile | None,
-        otlp: OtlpExport | None,
+        tracing: Tracing | None = None,
+        hang_s: float = 0.0,
+        cursors: Cursors | None = None,
+        restarts: int = 0,
     ) -> None:
+        """`hang_s` 0: hangs are not told. `cursors`: where the sidecar before, if any, had come to;
+        `restarts`: how many there were."""
+        self.lock = threading.Lock()
+        self.engine_id = engine_id
+        self.local_world_size = local_world_size
+        self.restarts = restarts
         self.readers: dict[int, RingReader] = {}  # by rank
+        self.pending: dict[int, Rows] = {}  # by rank: in flight at the last drain
+        self.totals = Aggregate(local_ranks=local_world_size, run_dir=run_dir)
+        self.tracing = tracing
         self._run_dir = Path(run_dir)
-        self._engine_id = engine_id
-        self._pending: dict[int, Rows] = {}  # by rank, as of the last drain
-        self._expected = local_world_size
-        self._trace_file = trace_file
-        self._otlp = otlp
         self._joiner = StepJoiner(local_world_size)
-        self._totals = Aggregate()
-        self._steps = 0
+        self._watch = HangWatch(hang_s, local_world_size)
+        self._cursors = cursors
         self._dropped: Counter[tuple[str, str]] = Counter()
         self._unreadable: set[Path] = set()
-        self._lock = threading.Lock()
-        self._builder: SpanBuilder | None = None
 
-    def poll(self) -> None:
-        """Attach rings that have appeared, and take in what has finished."""
-        with self._lock:
-            self._drain()
+    @property
+    def hangs(self) -> list[Hang]:
+        """Those that go on."""
+        return self._watch.hangs
 
-    def finish(self) -> None:
-        """The last poll: steps that never ended leave as they are, and the outputs close."""
-        with self._lock:
-            self._drain(last=True)
-        if self._otlp is not None:
-            self._otlp.close()
-        if self._trace_file is not None and self._builder is not None:
-            try:
-                self._trace_file.write(self._builder.build)
-            except OSError as error:
-                self._dropped["steps", "trace_file"] += self._steps
-                _logger.error("cannot write the trace file %s: %s", self._trace_file.path, error)
+    @property
+    def has_told_of_hangs(self) -> bool:
+        return self._watch.told
 
     @property
     def ended(self) -> bool:
@@ -80,53 +75,92 @@ class Node:
     @property
     def complete(self) -> bool:
         """Whether every local rank has shown up."""
-        return len(self.readers) >= self._expected
+        return len(self.readers) >= self.local_world_size
+
+    def poll(self) -> None:
+        """Attach rings that have appeared, and take in what has finished."""
+        with self.lock:
+            self._drain()
+
+    def finish(self) -> None:
+        """The last poll: steps that never ended leave as they are, and the outputs close."""
+        with self.lock:
+            self._drain(last=True)
+        if self.tracing is not None:
+            self.tracing.finish()  # without the lock: a slow endpoint must not stop a scrape
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """Everything as of now, held still."""
-        with self._lock:
+        with self.lock:
             self._drain()
             now_ns = time.perf_counter_ns()
             ranks = [self._rank_state(reader, now_ns) for reader in self.readers.values()]
-            yield Snapshot(self._engine_id, self._totals, ranks, self._all_dropped())
+            yield Snapshot(
+                self.engine_id,
+                self.totals,
+                ranks,
+                self.dropped(),
+                found=self._watch.totals,
+                sidecar_restarts=self.restarts,
+            )
 
     def report(self) -> dict[str, Any]:
-        with self._lock:
+        with self.lock:
             self._drain()
-            dropped = self._all_dropped()
+            dropped, tracing = self.dropped(), self.tracing
+            trace_file = tracing.trace_file if tracing is not None else None
             return {
-                **self._totals.report(),
-                "engine_id": self._engine_id,
+                **self.totals.report(),
+                "engine_id": self.engine_id,
                 "ranks": sorted(self.readers),
-                "trace_file": str(self._trace_file.path) if self._trace_file is not None else None,
-                "spans_exported": self._otlp.exported if self._otlp is not None else 0,
+                "trace_file": str(trace_file) if trace_file is not None else None,
+                "spans_exported": tracing.exported if tracing is not None else 0,
+                "sidecar_restarts": self.restarts,
+                "hangs": [hang.text for hang in self.hangs],
                 "dropped": sum(dropped.values()),
                 "dropped_by_reason": {
                     f"{signal}/{reason}": count for (signal, reason), count in dropped.items()
                 },
             }
 
+    def dropped(self) -> dict[tuple[str, str], int]:
+        """What was lost or left out so far, by signal and reason."""
+        dropped = dict(self._dropped)
+        if self._joiner.late:
+            dropped["records", "late"] = self._joiner.late
+        if self.tracing is not None:
+            dropped.update(self.tracing.dropped)
+        return dropped
+
     def _drain(self, *, last: bool = False) -> None:
         self._attach()
-        for rank, reader in self.readers.items():
-            drained = reader.drain()
-            if drained.lost:
-                self._dropped["records", "overrun"] += drained.lost
-            self._totals.add(rank, drained.rows, reader.names)
-            self._joiner.add(rank, drained.rows)
-            self._pending[rank] = drained.pending
-        if self._builder is None:
-            return
-        for joined in self._joiner.release(self._pending, everything=last):
-            self._hand_on(joined, self._builder)
+        drained = {rank: reader.drain() for rank, reader in self.readers.items()}
+        for rank, found in drained.items():
+            self._take(rank, found)
+        self.pending = {rank: found.pending for rank, found in drained.items()}
+        if self.complete and self.tracing is not None:
+            self._release(self.tracing, everything=last)
+        for hang in self._watch.poll(self.readers, drained, time.perf_counter_ns(), last=last):
+            _logger.warning("%s", hang.text)
+        if self._cursors is not None:  # counted: what a sidecar after this one need not read again
+            for reader in self.readers.values():
+                self._cursors.store(reader.local_rank, reader.cursor, reader.cut_ns)
 
-    def _hand_on(self, joined: JoinedStep, builder: SpanBuilder) -> None:
-        self._steps += 1
-        if self._trace_file is not None:
-            self._trace_file.add(joined)
-        if self._otlp is not None:
-            self._otlp.submit(builder.build(joined))
+    def _take(self, rank: int, drained: Drained) -> None:
+        if drained.lost:
+            self._dropped["records", "overrun"] += drained.lost
+        self.totals.add(rank, drained.rows, self.readers[rank].names)
+        if self.tracing is not None:
+            self.tracing.requests(rank, drained.rows)
+            self._joiner.add(rank, drained.rows)
+
+    def _release(self, tracing: Tracing, everything: bool) -> None:
+        names = {rank: reader.names for rank, reader in self.readers.items()}
+        for joined in self._joiner.release(self.pending, everything=everything):
+            kept = tracing.step(joined)
+            if kept is not None:
+                self.totals.exemplify(kept.joined, names, kept.trace_id, kept.span_ids)
 
     def _attach(self) -> None:
         if self.complete:
@@ -136,31 +170,15 @@ class Node:
                 continue
             try:
                 reader = RingReader(path)
+                if self._cursors is not None:
+                    reader = RingReader(path, *self._cursors.load(reader.local_rank))
             except (TelemetryError, OSError) as error:
                 self._unreadable.add(path)
                 _logger.error("%s", error)
                 continue
             self.readers[reader.rank] = reader
-        if self.complete:
-            # One clock for all ranks of the node, or children might leave their parents.
-            first = self.readers[min(self.readers)]
-            self._builder = SpanBuilder(
-                self._engine_id,
-                {rank: reader.names for rank, reader in self.readers.items()},
-                first.clock_offset_ns,
-                with_engine_span=first.rank == 0,
-            )
-
-    def _all_dropped(self) -> dict[tuple[str, str], int]:
-        dropped = dict(self._dropped)
-        if self._joiner.late:
-            dropped["records", "late"] = self._joiner.late
-        if self._otlp is not None:
-            for reason, count in self._otlp.dropped.items():
-                dropped["spans", reason] = count
-        if self._trace_file is not None and self._trace_file.left_out:
-            dropped["steps", "trace_file_full"] = self._trace_file.left_out
-        return dropped
+        if self.complete and self.tracing is not None:
+            self.tracing.attach(self.readers)
 
     def _rank_state(self, reader: RingReader, now_ns: int) -> RankState:
         names = reader.names
@@ -173,6 +191,6 @@ class Node:
         for entry, count in enumerate(reader.coverage):
             if entry < len(names) and "\t" in names[entry]:
                 unrecorded[group_label(names[entry])] += count
-        in_flight = oldest_in_flight(reader.rank, self._pending[reader.rank], names, now_ns)
+        in_flight = oldest_in_flight(reader.rank, self.pending[reader.rank], names, now_ns)
         up = reader.alive and not reader.closed
         return RankState(reader.rank, up, values, dict(unrecorded), in_flight)

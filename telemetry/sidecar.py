@@ -14,7 +14,6 @@ No signal but SIGKILL ends it earlier: what stops the ranks stops it too, a mome
 import argparse
 import dataclasses
 import errno
-import inspect
 import json
 import logging
 import os
@@ -27,9 +26,9 @@ from typing import Any
 
 from .cursors import Cursors, SidecarBusy
 from .errors import TelemetryError
+from .flight import sweep
 from .http_server import TelemetryServer
 from .node import Node
-from .otlp import OtlpExport, make_exporter
 from .report_socket import ReportSocket
 from .ring import process_start_time
 from .run_directory import locked
@@ -37,7 +36,7 @@ from .run_end import keep, leave_nothing
 from .settings import TelemetrySettings
 from .sidecar_process import PortInUse
 from .sidecar_record import SidecarRecord
-from .trace_file import TraceFile
+from .tracing import Tracing
 
 _logger = logging.getLogger(__name__)
 
@@ -47,52 +46,16 @@ _STRAGGLER_S = 5.0
 _FIRST_S = 0.25
 
 
-class _ResumingNode(Node):
-    """Until `Node` takes cursors itself."""
-
-    cursors: Cursors
-
-    def _attach(self) -> None:
-        known = set(self.readers)
-        super()._attach()
-        for rank in self.readers.keys() - known:
-            reader = self.readers[rank]
-            names = reader.names  # others hold the list
-            reader.__init__(reader.path, *self.cursors.load(reader.local_rank))  # type: ignore[misc]
-            reader._names = names
-
-    def _drain(self, *, last: bool = False) -> None:
-        super()._drain(last=last)
-        for reader in self.readers.values():
-            self.cursors.store(reader.local_rank, reader.cursor, reader.cut_ns)
-
-
 def _make_node(options: argparse.Namespace, settings: TelemetrySettings, cursors: Cursors) -> Node:
-    trace_file = None
-    if settings.trace_file is not None:
-        trace_file = TraceFile(
-            settings.trace_file,
-            engine_id=options.engine_id,
-            service_name=settings.service_name,
-            max_steps=settings.trace_steps,
-            max_spans=settings.trace_spans,
-        )
-    otlp = None
-    if settings.otlp_endpoint is not None:
-        otlp = OtlpExport(make_exporter(settings), settings, options.engine_id)
-    common: dict[str, Any] = {
-        "engine_id": options.engine_id,
-        "local_world_size": options.local_world_size,
-        "trace_file": trace_file,
-        "otlp": otlp,
-    }
-    make: Any = Node
-    if "cursors" in inspect.signature(Node).parameters:
-        found: Node = make(options.run_dir, **common, cursors=cursors, restarts=options.restarts)
-        return found
-    node = _ResumingNode(options.run_dir, **common)
-    node.cursors = cursors
-    return node
+    return Node(
+        options.run_dir,
+        engine_id=options.engine_id,
+        local_world_size=options.local_world_size,
+        tracing=Tracing(settings, options.engine_id),
+        hang_s=settings.hang_s,
+        cursors=cursors,
+        restarts=options.restarts,
+    )
 
 
 def _serve(settings: TelemetrySettings, again_at_port: int | None, node: Node) -> TelemetryServer:
@@ -189,17 +152,12 @@ class Sidecar:
         self._node.finish()
 
     def _leave(self) -> None:
-        hangs = getattr(self._node, "hangs", ())
-        if hangs and all(reader.closed for reader in self._node.readers.values()):
+        if self._node.has_told_of_hangs and all(reader.closed for reader in self._node.readers.values()):
             keep(self._run_dir, self._settings.flight_dir, "a collective had hung")
         leave_nothing(self._run_dir, self._settings.flight_dir)
 
     def _sweep(self) -> None:
         """Runs before this one that ended with everything killed at once."""
-        try:
-            from .flight import sweep
-        except ModuleNotFoundError:
-            return
         try:
             for path in sweep(self._settings.flight_dir):
                 _logger.warning("a former run was killed; its last events: onecast flight %s", path)
