@@ -1,17 +1,16 @@
 """OTLP: real receivers get one trace a step from both ranks; an absent one costs only spans."""
 
-import threading
 import time
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from otlp_receivers import grpc_receiver, http_receiver
 
 from onecast.comm.testing import run_ranks
 from onecast.telemetry import TelemetrySettings, make_run_dir, start_session
-from onecast.telemetry.otlp import OtlpExport
-from onecast.telemetry.spans import Span, trace_id
+from onecast.telemetry.spans import trace_id
+
+_OF_A_COLLECTIVE = ("op", "group", "seq", "bytes", "dtype", "arrival_wait_ns", "is_last")
 
 
 def _run(rank: int, run_dir: str, steps: int) -> Any:
@@ -47,6 +46,8 @@ def test_a_receiver_gets_one_trace_a_step_from_both_ranks(receiver: Any, protoco
             "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
             "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
             "OTEL_SERVICE_NAME": "tested",
+            "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=caf%C3%A9,service.name=no",
+            "ONECAST_TRACE_ONE_IN": "1",
         }
         (_, final), _ = run_ranks(_run, 2, make_run_dir(), 6, env=env)
     assert final["dropped"] == 0
@@ -57,9 +58,11 @@ def test_a_receiver_gets_one_trace_a_step_from_both_ranks(receiver: Any, protoco
                 attribute.key: attribute.value for attribute in resource_spans.resource.attributes
             }
             assert resource["service.name"].string_value == "tested"
+            assert resource["deployment.environment.name"].string_value == "café"
             rank = resource["onecast.rank"].int_value if "onecast.rank" in resource else None
             instance = "engine" if rank is None else f"engine/rank-{rank}"
             assert resource["service.instance.id"].string_value == instance
+            assert rank is None or resource["onecast.device"].string_value == "cpu"
             for scope_spans in resource_spans.scope_spans:
                 assert scope_spans.scope.name == "onecast.telemetry"
                 for span in scope_spans.spans:
@@ -73,6 +76,21 @@ def test_a_receiver_gets_one_trace_a_step_from_both_ranks(receiver: Any, protoco
             (0, "all_reduce"), (0, "broadcast"), (0, "model.forward"), (0, "worker.step"),
             (1, "all_reduce"), (1, "broadcast"), (1, "model.forward"), (1, "worker.step"),
         ]  # fmt: skip
+        for name in ("all_reduce", "broadcast"):
+            waits = {
+                rank: {attribute.key: attribute.value for attribute in span.attributes}
+                for rank, span in spans
+                if span.name == name
+            }
+            last = [
+                rank
+                for rank, attributes in waits.items()
+                if attributes["onecast.collective.is_last"].bool_value
+            ]
+            assert len(last) == 1, "one rank came last, and waited for nobody"
+            for rank, attributes in waits.items():
+                waited = attributes["onecast.collective.arrival_wait_ns"].int_value
+                assert waited == 0 if rank in last else waited >= 0
         by_id = {span.span_id: (rank, span) for rank, span in spans}
         assert len(by_id) == 9
         inside = {
@@ -90,9 +108,7 @@ def test_a_receiver_gets_one_trace_a_step_from_both_ranks(receiver: Any, protoco
             assert span.end_time_unix_nano <= parent.end_time_unix_nano
             keys = {attribute.key for attribute in span.attributes}
             if span.name in ("all_reduce", "broadcast"):
-                assert keys == {
-                    f"onecast.collective.{key}" for key in ("op", "group", "seq", "bytes", "dtype")
-                }
+                assert keys == {f"onecast.collective.{key}" for key in _OF_A_COLLECTIVE}
             elif span.name == "worker.step":
                 assert keys == {"onecast.step.id", "onecast.batch.size"}
 
@@ -102,6 +118,7 @@ def test_without_a_receiver_the_run_ends_promptly_and_counts_what_it_dropped(pro
     env = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",  # nobody listens on the discard port
         "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+        "ONECAST_TRACE_ONE_IN": "1",
     }
     (seconds, final), _ = run_ranks(_run, 2, make_run_dir(), 6, env=env)
     assert seconds < 8
@@ -109,53 +126,3 @@ def test_without_a_receiver_the_run_ends_promptly_and_counts_what_it_dropped(pro
     assert final["dropped"] == 6 * 9
     assert sum(final["dropped_by_reason"].values()) == 6 * 9
     assert set(final["dropped_by_reason"]) <= {"spans/export_failed", "spans/shutdown"}
-
-
-class Slow(SpanExporter):
-    """Takes spans when it is let."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.taken = 0
-
-    def export(self, spans: Any) -> SpanExportResult:
-        self.gate.wait(10)
-        self.taken += len(spans)
-        return SpanExportResult.SUCCESS
-
-    def shutdown(self) -> None:
-        self.gate.set()
-
-
-def _spans(number: int) -> list[Span]:
-    return [Span(1, index + 1, None, "s", 0, 1, 2, {}, None) for index in range(number)]
-
-
-def test_a_slow_receiver_drops_whole_steps_and_never_blocks() -> None:
-    exporter = Slow()
-    settings = TelemetrySettings(otlp_queue_spans=100, otlp_timeout_s=0.2)
-    export = OtlpExport(exporter, settings, "e")
-    begin = time.monotonic()
-    for _ in range(30):
-        export.submit(_spans(10))
-    assert time.monotonic() - begin < 0.1
-    assert export.dropped == {"queue_full": 200}
-    exporter.gate.set()
-    export.close()
-    assert (exporter.taken, export.exported) == (100, 100)
-
-
-class Stuck(Slow):
-    def shutdown(self) -> None:
-        """Ignores it, like a transport in a system call."""
-
-
-def test_closing_is_bounded_even_if_the_exporter_is_stuck() -> None:
-    exporter = Stuck()
-    export = OtlpExport(exporter, TelemetrySettings(otlp_timeout_s=0.2), "e")
-    export.submit(_spans(7))
-    begin = time.monotonic()
-    export.close()
-    assert time.monotonic() - begin < 2
-    assert export.dropped == {"shutdown": 7}
-    exporter.gate.set()

@@ -10,9 +10,11 @@ import pytest
 from onecast.comm.testing import run_ranks
 from onecast.telemetry import TelemetrySettings, make_run_dir, start_session
 from onecast.telemetry import ring as layout
+from onecast.telemetry.kept_step import KeptStep, arrivals_in
 from onecast.telemetry.probe import pack_frame
 from onecast.telemetry.ring import pack_meta
-from onecast.telemetry.spans import Span, SpanBuilder, trace_id, worker_span_id
+from onecast.telemetry.span_builder import SpanBuilder
+from onecast.telemetry.spans import Link, Span, trace_id, worker_span_id
 from onecast.telemetry.steps import JoinedStep, StepJoiner
 from onecast.telemetry.trace_file import TraceFile
 
@@ -32,8 +34,16 @@ def rows(*records: tuple[int, ...], step: int = 0) -> np.ndarray[Any, np.dtype[n
     return np.array(padded, np.int64).reshape(-1, 8)
 
 
-def build(joined: JoinedStep, ranks: int = 2) -> list[Span]:
-    return SpanBuilder("e", {rank: NAMES for rank in range(ranks)}, 1_000_000_000).build(joined)
+TABLES = {0: NAMES, 1: NAMES}
+
+
+def keep(joined: JoinedStep) -> KeptStep:
+    (arrivals,) = arrivals_in([joined], TABLES)
+    return KeptStep(joined.step, trace_id("e", joined.step), "all", joined, arrivals)
+
+
+def build(joined: JoinedStep) -> list[Span]:
+    return list(SpanBuilder("e", TABLES, 1_000_000_000).build([keep(joined)]).spans())
 
 
 def assert_nested(spans: list[Span]) -> None:
@@ -125,8 +135,9 @@ def test_a_frame_is_told_on_the_phase_that_carried_it() -> None:
 
 def test_only_the_node_of_rank_0_sends_the_engine_span_and_ids_agree() -> None:
     records = rows((0, 100, STEP))
-    near = SpanBuilder("e", {0: NAMES}, 0).build(JoinedStep(3, {0: records}))
-    far = SpanBuilder("e", {1: NAMES}, 7, with_engine_span=False).build(JoinedStep(3, {1: records}))
+    near = list(SpanBuilder("e", TABLES, 0).build([keep(JoinedStep(3, {0: records}))]).spans())
+    other = SpanBuilder("e", TABLES, 7, with_engine_span=False)
+    far = list(other.build([keep(JoinedStep(3, {1: records}))]).spans())
     assert [span.name for span in far] == ["worker.step"]
     assert far[0].trace_id == near[0].trace_id and far[0].parent_id == near[0].span_id
     assert far[0].span_id != near[1].span_id
@@ -260,7 +271,7 @@ def test_the_trace_file_is_what_both_pages_read(tmp_path: Path) -> None:
         assert len(ids) == 1 and ids <= set(range(4, 12))
 
 
-def _file(tmp_path: Path, **limits: int) -> TraceFile:
+def _file(tmp_path: Path, **limits: int) -> TraceFile[JoinedStep]:
     return TraceFile(
         str(tmp_path / "t.json"),
         engine_id="e",
@@ -291,6 +302,46 @@ def test_overlapping_operations_get_threads_of_their_own(tmp_path: Path) -> None
     events = json.loads(file.path.read_text())["traceEvents"]
     found = [(event["ts"], event["tid"]) for event in events if event["name"] == "all_reduce"]
     assert found == [(10.0, 1), (20.0, 1001), (60.0, 1)]
+
+
+def test_requests_and_the_links_to_them_are_in_the_file(tmp_path: Path) -> None:
+    asked = Span(77, 78, 5, "request", None, 1_000_000_000, 1_000_009_000, {"n": 1}, None,
+                 serves=True)  # fmt: skip
+    alone = asked._replace(trace_id=80, span_id=81, parent_id=None, error="KeyError")
+    file: TraceFile[KeptStep] = TraceFile(
+        str(tmp_path / "t.json"), engine_id="e", service_name="s", max_steps=9, max_spans=99
+    )
+    kept = keep(JoinedStep(0, {0: rows((5000, 9000, STEP))}))
+    kept.links = (Link(77, 78), Link(80, 81))
+    file.add(kept)
+    file.add_requests([asked, alone, asked._replace(span_id=79)])
+    builder = SpanBuilder("e", TABLES, 1_000_000_000)
+    file.write(lambda kept: list(builder.build([kept]).spans()))
+    written = json.loads(file.path.read_text())
+    traces = {trace["traceID"][-4:]: trace["spans"] for trace in written["data"]}
+    assert len(traces) == 3 and [span["spanID"][-2:] for span in traces["004d"]] == ["4e", "4f"]
+    (engine,) = [
+        s for spans in traces.values() for s in spans if s["operationName"] == "engine.step"
+    ]
+    assert [
+        (reference["refType"], int(reference["traceID"], 16), int(reference["spanID"], 16))
+        for reference in engine["references"]
+    ] == [("FOLLOWS_FROM", 77, 78), ("FOLLOWS_FROM", 80, 81)]
+    (lonely,) = traces["0050"]
+    assert (
+        lonely["references"] == []
+        and {"key": "error", "type": "bool", "value": True} in (lonely["tags"])
+    )
+    events = [event for event in written["traceEvents"] if event["ph"] in "be"]
+    assert {event["cat"] for event in events} == {"step", "request"}
+    assert min(event["ts"] for event in events) == 0
+    (step,) = [event for event in events if event["cat"] == "step" and event["ph"] == "b"]
+    identities = {
+        event["args"]["trace/span"]
+        for event in events
+        if event["cat"] == "request" and event["ph"] == "b"
+    }
+    assert set(step["args"]["links"]) < identities
 
 
 def test_an_empty_trace_file_is_still_valid(tmp_path: Path) -> None:
