@@ -212,23 +212,33 @@ def _block(step: Callable[[], None], steps: int) -> list[float]:
 
 @contextlib.contextmanager
 def _stand_in() -> Iterator[None]:
-    """In the place of the group's own all_reduce: work of 35 us that releases the GIL."""
-    method = dist.ProcessGroup.__dict__["allreduce"]
+    """In the place of the group's own all_reduce: work of 35 us that releases the GIL.
+
+    The group's own number moves with it, as it does with a real one.
+    """
+    group_class: Any = dist.ProcessGroup
+    names = ("allreduce", "_get_sequence_number_for_group")
+    methods = {name: group_class.__dict__[name] for name in names}
     done: Future[Any] = Future()
     done.set_result(None)
     data = bytes(_bytes_of_work())
     make_work: Any = _distributed_c10d._create_work_from_future  # type: ignore[attr-defined]
     work = zlib.crc32  # releases the GIL above 5 KiB
+    calls = 0
 
     def allreduce(group: Any, tensors: Any, options: Any = None) -> Any:
+        nonlocal calls
+        calls += 1
         work(data)
         return make_work(done)
 
-    dist.ProcessGroup.allreduce = allreduce  # type: ignore[method-assign, assignment]
+    for name, stand_in in zip(names, (allreduce, lambda group: calls), strict=True):
+        setattr(group_class, name, stand_in)
     try:
         yield
     finally:
-        dist.ProcessGroup.allreduce = method  # type: ignore[method-assign]
+        for name, method in methods.items():
+            setattr(group_class, name, method)
 
 
 def _bytes_of_work() -> int:
