@@ -158,7 +158,7 @@ def _describe(
 ) -> Disagreement:
     ahead: dict[int, dict[int, _Call]] = {}  # by rank: the calls from `sequence` on
     here: dict[int, list[int]] = {}
-    for rank, rows in parts.items():
+    for rank, rows in sorted(parts.items()):
         offsets = rows[:, SEQUENCE] - sequence
         near = rows[(offsets >= 0) & (offsets <= _AHEAD)]
         names = names_by_rank[rank]

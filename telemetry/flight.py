@@ -33,6 +33,8 @@ __all__ = ["FlightRank", "FlightRun", "keep", "kept_runs", "read_run", "read_run
 
 _LIVE_LIMIT_NS = 1_000_000_000  # what is in flight for less is just going on
 _MAX_SIDE_FILE = 16 << 20
+# What JSON that is not as we wrote it can come to.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _STATES = ("running", "stopped", "traced", "dead", "ended")
 
 
@@ -203,7 +205,7 @@ def _kept(folder: Path, problems: list[str]) -> dict[str, Any] | None:
             problems.append(printable(f"{name} was not kept: {why}"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, *_DAMAGE) as error:
         problems.append(f"{KEPT} is damaged: {type(error).__name__}: {printable(str(error))}")
         return None
     return kept
@@ -243,6 +245,6 @@ def _graphs(folder: Path, rank: int, problems: list[str]) -> list[str]:
                 names.append(printable(str(json.loads(line)["name"])))
     except FileNotFoundError:
         return names
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, *_DAMAGE) as error:
         problems.append(f"rank-{rank}.graphs is damaged after {len(names)}: {type(error).__name__}")
     return names

@@ -12,6 +12,7 @@ from shared memory. Nothing found there is trusted: other users may write beside
             rank-<rank>.graphs, sidecar.json
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -162,7 +163,9 @@ def _copy(run_dir: Path, target: Path, reason: str) -> None:
             _write(target / path.name, [(0, _own_bytes(path, _MAX_SIDE_FILE))])
         except FileNotFoundError:
             continue
-        except PermissionError as error:
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
             left_out[path.name] = str(error)
     manifest = {
         "format": 1,

@@ -53,8 +53,8 @@ def _is_old(path: Path) -> bool:
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         return False
-    newest = max([found.st_mtime, *(entry.lstat().st_mtime for entry in path.iterdir())])
-    age_s = time.time() - newest
+    changes = [file.lstat().st_mtime for file in path.iterdir() if file.name != LOCK]
+    age_s = time.time() - max(changes, default=found.st_mtime)
     try:
         images = [read_ring(ring, last=1) for ring in path.glob("rank-*.ring")]
     except TelemetryError:
@@ -70,6 +70,9 @@ def _is_old(path: Path) -> bool:
 def _take(path: Path, flight_dir: Path) -> list[Path]:
     """Keep what is worth it and remove the directory, unless somebody is at work there."""
     run_dir = str(path)
+    if not any(path.iterdir()):
+        os.rmdir(path)
+        return []
     try:
         _make_lock(path)
         with locked(run_dir, 0.0):

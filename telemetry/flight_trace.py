@@ -5,6 +5,7 @@ Phases and steps nest on a rank's first thread. Collectives that overlap each ot
 their own, device times one beside them. What never ended is drawn up to the end and says so.
 """
 
+import heapq
 import json
 import os
 import secrets
@@ -35,7 +36,7 @@ from .ring import (
 )
 
 _DRAWN = (COLLECTIVE, PHASE, STEP_KIND, FRAME, GRAPH, DEVICE, REQUEST)
-_MAIN, _LANES, _DEVICE, _FRAMES, _REQUESTS = 0, 10, 500, 600, 1000
+_MAIN, _COLLECTIVES, _DEVICE, _FRAMES, _REQUESTS = (number * 1_000_000 for number in range(5))
 _CATEGORIES = {
     COLLECTIVE: "collective",
     PHASE: "phase",
@@ -45,7 +46,14 @@ _CATEGORIES = {
     DEVICE: "device",
     REQUEST: "request",
 }
-_THREADS = {_MAIN: "steps and phases", _DEVICE: "device", _FRAMES: "frames"}
+_BASES = {DEVICE: _DEVICE, FRAME: _FRAMES, REQUEST: _REQUESTS}
+_THREADS = {
+    _MAIN: "steps and phases",
+    _COLLECTIVES: "collectives",
+    _DEVICE: "device",
+    _FRAMES: "frames",
+    _REQUESTS: "requests",
+}
 
 
 def write_trace(run: FlightRun, path: str | Path) -> None:
@@ -78,16 +86,19 @@ def _drawn(row: list[int]) -> bool:
 def _rank(one: FlightRank, epoch_ns: int) -> Iterator[dict[str, Any]]:
     rank = one.image.rank
     rows = sorted(filter(_drawn, one.image.rows.tolist()), key=lambda row: (row[BEGIN], -row[END]))
-    lanes: dict[int, int] = {}  # thread: until when it is taken
+    lanes = {base: _Lanes(base) for base in _THREADS}
     yield _metadata("process_name", rank, 0, name=f"rank {rank} ({one.state})")
     yield _metadata("process_sort_index", rank, 0, sort_index=rank)
     named: set[int] = set()
     for row in rows:
         end_ns = row[END] or max(one.now_ns, row[BEGIN])
-        thread = _thread(row, end_ns, lanes)
+        kind = meta_kind(row[META])
+        thread = _MAIN
+        if kind not in (PHASE, STEP_KIND):
+            thread = lanes[_BASES.get(kind, _COLLECTIVES)].take(row[BEGIN], end_ns)
         if thread not in named:
             named.add(thread)
-            yield _metadata("thread_name", rank, thread, name=_thread_name(thread))
+            yield _metadata("thread_name", rank, thread, name=_THREADS[thread - thread % 1_000_000])
         yield {
             "name": event_text(row, one),
             "ph": "X",
@@ -95,28 +106,28 @@ def _rank(one: FlightRank, epoch_ns: int) -> Iterator[dict[str, Any]]:
             "dur": (end_ns - row[BEGIN]) / 1000,
             "pid": rank + 1,  # Perfetto takes process 0 for the idle one
             "tid": thread,
-            "cat": _CATEGORIES[meta_kind(row[META])],
+            "cat": _CATEGORIES[kind],
             "args": _arguments(row, one),
         }
 
 
-def _thread(row: list[int], end_ns: int, taken: dict[int, int]) -> int:
-    """Events of one thread must nest: those that need not do so find one that is free."""
-    kind = meta_kind(row[META])
-    if kind in (PHASE, STEP_KIND):
-        return _MAIN
-    base = {DEVICE: _DEVICE, FRAME: _FRAMES, REQUEST: _REQUESTS}.get(kind, _LANES)
-    thread = base
-    while taken.get(thread, 0) > row[BEGIN]:
-        thread += 1
-    taken[thread] = end_ns
-    return thread
+class _Lanes:
+    """Events of one thread must nest: those that need not do so each get one that is free."""
 
+    def __init__(self, base: int) -> None:
+        self._free = [base]
+        self._newest = base
+        self._taken: list[tuple[int, int]] = []  # until when, which
 
-def _thread_name(thread: int) -> str:
-    if thread in _THREADS:
-        return _THREADS[thread]
-    return "requests" if thread >= _REQUESTS else "collectives"
+    def take(self, begin_ns: int, end_ns: int) -> int:
+        while self._taken and self._taken[0][0] <= begin_ns:
+            heapq.heappush(self._free, heapq.heappop(self._taken)[1])
+        if not self._free:
+            self._newest += 1
+            self._free.append(self._newest)
+        thread = heapq.heappop(self._free)
+        heapq.heappush(self._taken, (end_ns, thread))
+        return thread
 
 
 def _arguments(row: list[int], one: FlightRank) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Owns the reasoning about hangs, without a word of text for people. A collective waits for every
 rank of its group, and a rank that is in one comes no further. So the ranks that have not entered
-it are to blame, unless they are in another one themselves: then that one holds this one up, and a
-circle of those means that ranks call their collectives in different orders.
+it are to blame; where one of them is in another collective itself, that one holds this one up, and
+a circle of those means that ranks call their collectives in different orders.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +29,7 @@ class Crowd:
     perhaps: frozenset[int] = frozenset()  # ranks here that may be members
     no_shows: int = 0  # ranks of this node that have no ring yet, members for sure
     elsewhere: int = 0  # on other nodes, or among `perhaps`
+    nodes: bool = False  # there are other nodes
 
 
 @dataclass(slots=True)
@@ -41,8 +42,8 @@ class Case:
     calls: dict[int, Row] = field(default_factory=dict)  # by rank: `waiting`, and what finished
     absent: frozenset[int] = frozenset()  # members here that have not come to it
     differs: str = ""  # "op", "size" or "dtype" if ranks call different things by this number
-    held_up_by: frozenset[Key] = frozenset()  # what all of `absent` are in
-    in_circle: bool = False
+    held_up_by: frozenset[Key] = frozenset()  # what ranks of `absent` are in
+    circle: frozenset[Key] = frozenset()  # it and what it waits for in a circle, if it does
 
     @property
     def since_ns(self) -> int:
@@ -77,11 +78,10 @@ def find_cases(
     for case in cases.values():
         _fill(case, views, local, world)
     for case in cases.values():
-        stuck = [_stuck_in(views[rank]) for rank in case.absent]
-        if all(key is not None for key in stuck):
-            case.held_up_by = frozenset(key for key in stuck if key is not None)
+        stuck = (_stuck_in(views[rank]) for rank in case.absent)
+        case.held_up_by = frozenset(key for key in stuck if key is not None)
     for case in cases.values():
-        case.in_circle = _reaches_itself(case, cases)
+        case.circle = _circle(case.key, cases)
     return views, list(cases.values())
 
 
@@ -151,7 +151,7 @@ def _crowd(case: Case, views: Mapping[int, RankView], local: int, world: int) ->
         return Crowd(used, size)
     if world == local and len(silent) + no_shows == unknown:
         return Crowd(used | silent, size, no_shows=no_shows)
-    return Crowd(used, size, perhaps=silent, elsewhere=unknown)
+    return Crowd(used, size, perhaps=silent, elsewhere=unknown, nodes=world > local)
 
 
 def _stuck_in(view: RankView) -> Key | None:
@@ -162,14 +162,19 @@ def _stuck_in(view: RankView) -> Key | None:
     return _key(view, row)
 
 
-def _reaches_itself(case: Case, cases: Mapping[Key, Case]) -> bool:
-    seen: set[Key] = set()
-    ahead = set(case.held_up_by)
+def _circle(key: Key, cases: Mapping[Key, Case]) -> frozenset[Key]:
+    """All that hold `key` up and are held up by it, itself among them; empty if there are none."""
+    ahead = _reachable(key, cases)
+    return frozenset(one for one in ahead if key in _reachable(one, cases))
+
+
+def _reachable(key: Key, cases: Mapping[Key, Case]) -> set[Key]:
+    """What holds this one up, and what holds that up, and so on."""
+    found: set[Key] = set()
+    ahead = {key}
     while ahead:
         one = ahead.pop()
-        if one == case.key:
-            return True
-        if one not in seen:
-            seen.add(one)
-            ahead |= cases[one].held_up_by if one in cases else set()
-    return False
+        new = cases[one].held_up_by - found if one in cases else frozenset()
+        found |= new
+        ahead |= new
+    return found

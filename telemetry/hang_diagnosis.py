@@ -56,7 +56,7 @@ class Hang:
     age_s: float
     ranks: tuple[RankStatus, ...]
     key: Key
-    consequence: bool = False  # those it waits for wait themselves, in another collective
+    consequence: bool = False  # another one, told beside it, holds it up: this is not counted
     over: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,8 +96,9 @@ def diagnose(
 def _hang(case: Case, views: Mapping[int, RankView], now_ns: int, limit_ns: int) -> Hang:
     unwaited = nobody_waits(case, views, now_ns, limit_ns)
     statuses = [_status(case, views[rank], now_ns, limit_ns) for rank in sorted(case.crowd.here)]
-    row, view = case.waiting[case.first], views[case.first]
-    kind = DESYNC if case.differs or case.in_circle else UNWAITED if unwaited else HANG
+    shown = min(case.calls) if case.differs else case.first  # the same at every look
+    row, view = case.calls[shown], views[shown]
+    kind = DESYNC if case.differs or case.circle else UNWAITED if unwaited else HANG
     return Hang(
         kind,
         _sentence(case, views, statuses, unwaited),
@@ -105,11 +106,12 @@ def _hang(case: Case, views: Mapping[int, RankView], now_ns: int, limit_ns: int)
         label_of(view.group(row)),
         case.key[1],
         row[NBYTES],
-        row[BEGIN],
-        (now_ns - row[BEGIN]) / 1e9,
+        case.since_ns,
+        (now_ns - case.since_ns) / 1e9,
         tuple(statuses),
         case.key,
-        consequence=bool(case.held_up_by) and not case.in_circle,
+        # Of a circle one stands for all.
+        consequence=bool(case.held_up_by) and case.key != min(case.circle, default=None),
     )
 
 
@@ -130,7 +132,7 @@ def _sentence(
         told.append("all of its ranks have entered it, and nobody waits for it")
     elif not case.differs and not case.point_to_point and len(case.waiting) == case.crowd.size:
         told.append("that is all of its ranks")
-    if case.in_circle:
+    if case.circle:
         told.append("they wait for each other: they call their collectives in different orders")
     return "; ".join([*told, *_unknown(case)])
 
@@ -166,17 +168,21 @@ def _clauses(statuses: Sequence[RankStatus]) -> list[str]:
 def _unknown(case: Case) -> list[str]:
     """What is to say of ranks that this node does not see."""
     crowd = case.crowd
+    several = crowd.elsewhere > 1
     told = []
     if crowd.no_shows:
         told.append(f"{crowd.no_shows} of its {crowd.size} ranks should be here and have no ring")
     if crowd.elsewhere and crowd.perhaps:
-        which = ranks_text(crowd.perhaps)
         told.append(
-            f"{crowd.elsewhere} of its {crowd.size} ranks never used it here: they are among "
-            f"{which}, or on other nodes"
+            f"{crowd.elsewhere} of its {crowd.size} ranks {'have' if several else 'has'} not been "
+            f"seen in this group: among {ranks_text(crowd.perhaps)}"
+            + (", or on other nodes" if crowd.nodes else "")
         )
     elif crowd.elsewhere:
-        told.append(f"{crowd.elsewhere} of its {crowd.size} ranks are on other nodes, unknown here")
+        told.append(
+            f"{crowd.elsewhere} of its {crowd.size} ranks {'are' if several else 'is'} on "
+            f"{'other nodes' if several else 'another node'}, unknown here"
+        )
     return told
 
 
@@ -217,11 +223,11 @@ def _progress(case: Case, view: RankView, row: Row | None) -> str:
         if row[AUX] & 0xFF == ERROR:
             return f"has left it with {name_at(view.look.names, row[AUX] >> 8)}"
         return "has finished it"
-    if unique not in view.groups:
-        return "it has called nothing of this group yet"
     last = view.last_finished(unique)
     if last:
         return f"last finished #{last}" if last < sequence else f"has gone on to #{last}"
+    if view.look.whole and not view.entered(unique):
+        return "it has called nothing of this group yet"
     if view.look.whole:
         return "it has finished nothing of this group yet"
     return "what it last finished of this group is too long ago to be seen"
