@@ -3,15 +3,14 @@
 Owns how the pieces belong together. Knows neither why a step is kept nor where it goes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from .arrivals import Arrivals, arrivals_of
+from .arrivals import Arrivals
 from .ring import META, STEP_KIND, TICKET
 from .ring_reader import Rows
 from .spans import Link, UnsignedWords, child_span_ids, worker_span_id
+from .step_facts import ranks_of, rows_of
 from .steps import JoinedStep
 
 MAX_VALUE = (1 << 56) - 1  # of an attribute of a span
@@ -30,9 +29,10 @@ class KeptStep:
 
     @property
     def ranks(self) -> list[int]:
-        return sorted(self.joined.rows.keys() | self.joined.unfinished.keys())
+        return ranks_of(self.joined)
 
     def rows_of(self, rank: int) -> Rows:
+        """All records of a rank: those that ended, then those that never did."""
         return rows_of(self.joined, rank)
 
     @property
@@ -46,36 +46,3 @@ class KeptStep:
         ids = child_span_ids(worker, rows[:, TICKET])
         ids[(rows[:, META] & 0xF) == STEP_KIND] = worker
         return ids
-
-
-def rows_of(joined: JoinedStep, rank: int) -> Rows:
-    """All records of a rank: those that ended, then those that never did."""
-    parts = [part[rank] for part in (joined.rows, joined.unfinished) if rank in part]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def arrivals_in(
-    steps: Sequence[JoinedStep], names_by_rank: Mapping[int, Sequence[str]]
-) -> list[dict[int, Arrivals]]:
-    """Who waited for whom, by step and rank. Many steps at once cost half of one by one."""
-    parts: dict[int, list[Rows]] = {}
-    for joined in steps:
-        for rank in joined.rows.keys() | joined.unfinished.keys():
-            parts.setdefault(rank, []).append(rows_of(joined, rank))
-    found = arrivals_of(
-        {rank: np.concatenate(of_rank) for rank, of_rank in sorted(parts.items())}, names_by_rank
-    )
-    offsets = dict.fromkeys(parts, 0)
-    split = []
-    for joined in steps:
-        by_rank = {}
-        for rank in sorted(joined.rows.keys() | joined.unfinished.keys()):
-            first = offsets[rank]
-            last = first + sum(
-                len(part[rank]) for part in (joined.rows, joined.unfinished) if rank in part
-            )
-            waits, are_last, transfers = found[rank]
-            by_rank[rank] = Arrivals(waits[first:last], are_last[first:last], transfers[first:last])
-            offsets[rank] = last
-        split.append(by_rank)
-    return split

@@ -95,9 +95,10 @@ class OtlpExport(Generic[Item]):
         while items := self._next_batch():
             try:
                 requests = self._encode(items)
-            except Exception:  # the thread must outlive one bad batch
-                _logger.exception("spans cannot be encoded and are dropped")
-                self._settle(self._sending, Answer(False, reason="encoding"), "encoding")
+            except Exception as error:  # the thread must outlive one bad batch
+                if not self._failing:
+                    _logger.exception("spans cannot be encoded")
+                self._settle(self._sending, Answer(False, reason=repr(error)), "encoding")
                 continue
             for encoded in requests:
                 if self._over.is_set():

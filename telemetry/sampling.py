@@ -16,12 +16,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from .arrivals import Arrivals
-from .kept_step import arrivals_in
-from .ring import AUX, BEGIN, COLLECTIVE, END, ERROR, META, OK, STEP_KIND
 from .settings import TelemetrySettings
+from .step_facts import StepFacts, step_facts
 from .steps import JoinedStep
 
 _WINDOW = 1000  # steps that the quantile is of
@@ -47,30 +43,32 @@ class TailSampler:
         self,
         joined: JoinedStep,
         names_by_rank: Mapping[int, Sequence[str]],
-        arrivals: Mapping[int, Arrivals] | None = None,
+        facts: StepFacts | None = None,
     ) -> str | None:
-        """The reason for which the step is kept, or None. `arrivals`: if they are known already."""
+        """The reason for which the step is kept, or None. `facts`: if they are known already."""
         if not self.enabled:
             return None
-        slow = self._slow and self._is_slow(joined)
-        if _failed(joined):
+        if facts is None:
+            (facts,) = step_facts([joined], names_by_rank)
+        slow = self._slow and self._is_slow(facts.duration_ns)
+        if facts.failed:
             return "error"
-        if _hung(joined):
+        if facts.hung:
             return "hang"
         if slow:
             return "slow"
-        if self._skew_ns:
-            if arrivals is None:
-                (arrivals,) = arrivals_in([joined], names_by_rank)
-            if max(_longest(found) for found in arrivals.values()) > self._skew_ns:
-                return "skew"
+        if self._skew_ns and facts.longest_wait_ns > self._skew_ns:
+            return "skew"
         if self._one_in and joined.step % self._one_in == 0:
             return "all" if self._one_in == 1 else "one_in_n"
         return None
 
-    def _is_slow(self, joined: JoinedStep) -> bool:
-        """Compares with the steps before, and remembers this one."""
-        duration = _duration(joined)
+    def _is_slow(self, duration: int | None) -> bool:
+        """Compares with the steps before, and remembers this one.
+
+        A step takes as long as the rank that took the least: one that had to wait for work makes
+        none slow.
+        """
         if duration is None:
             return False
         known = len(self._sorted)
@@ -80,29 +78,3 @@ class TailSampler:
         if len(self._recent) > _WINDOW:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         return slow
-
-
-def _duration(joined: JoinedStep) -> int | None:
-    """Of the rank that took the least: one that had to wait for work was not slow."""
-    found = []
-    for rows in joined.rows.values():
-        steps = rows[((rows[:, META] & 0xF) == STEP_KIND) & ((rows[:, AUX] & 0xFF) == OK)]
-        if len(steps):
-            found.append(int(steps[0, END] - steps[0, BEGIN]))
-    return min(found, default=None)
-
-
-def _failed(joined: JoinedStep) -> bool:
-    for rows in joined.rows.values():
-        failed = rows[(rows[:, AUX] & 0xFF) == ERROR, META] & 0xF
-        if np.any((failed == COLLECTIVE) | (failed == STEP_KIND)):
-            return True
-    return False
-
-
-def _hung(joined: JoinedStep) -> bool:
-    return any(np.any(rows[:, META] & 0xF == COLLECTIVE) for rows in joined.unfinished.values())
-
-
-def _longest(arrivals: Arrivals) -> int:
-    return int(arrivals.wait_ns.max(initial=-1))

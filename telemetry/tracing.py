@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from .arrivals import Arrivals
-from .kept_step import KeptStep, arrivals_in
+from .kept_step import KeptStep
 from .metrics import package_version
 from .otlp_answer import Transport
 from .otlp_encoder import Encoded, OtlpEncoder
 from .otlp_export import OtlpExport
 from .otlp_options import OtlpOptions
 from .request_spans import RequestSpans
-from .ring import COLLECTIVE, DEVICE, META, PHASE
+from .ring import DEVICE, META
 from .ring_reader import RingReader, Rows
 from .sampling import TailSampler
 from .settings import TelemetrySettings
 from .span_builder import SpanBuilder
 from .spans import Attribute, Span, trace_id
+from .step_facts import StepFacts, step_facts
 from .steps import JoinedStep
 from .trace_file import TraceFile
 
@@ -119,20 +119,20 @@ class Tracing:
         if not steps or self._builder is None or not self._sampler.enabled:
             return []
         found = []
-        for joined, arrivals in zip(steps, arrivals_in(steps, self._names), strict=True):
-            reason = self._sampler.decide(joined, self._names, arrivals)
+        for joined, facts in zip(steps, step_facts(steps, self._names), strict=True):
+            reason = self._sampler.decide(joined, self._names, facts)
             if reason is not None:
-                found.append(self._keep(joined, reason, arrivals))
+                found.append(self._keep(joined, reason, facts))
         return found
 
-    def _keep(self, joined: JoinedStep, reason: str, arrivals: Mapping[int, Arrivals]) -> KeptStep:
+    def _keep(self, joined: JoinedStep, reason: str, facts: StepFacts) -> KeptStep:
         links = self._requests.links(joined.requests)
         kept = KeptStep(
             joined.step,
             trace_id(self._engine_id, joined.step),
             reason,
             joined,
-            arrivals,
+            facts.arrivals,
             links[: self._max_links] if len(links) > self._max_links else links,
             max(0, len(links) - self._max_links),
             self._engine_id,
@@ -141,7 +141,7 @@ class Tracing:
         if self._file is not None:
             self._file.add(kept)
         if self._export is not None:
-            self._export.submit(kept, _num_spans(joined) + (0 in self._names))
+            self._export.submit(kept, facts.num_spans + (0 in self._names))
         return kept
 
     # -- what goes out -------------------------------------------------------------------------
@@ -195,16 +195,6 @@ class Tracing:
                 spans.append(item)
         assert self._builder is not None, "spans without a ring"
         return self._encoder.encode(self._builder.build(steps), spans)
-
-
-def _num_spans(joined: JoinedStep) -> int:
-    """Of the ranks; without the engine's."""
-    number = len(joined.rows.keys() | joined.unfinished.keys())
-    for part in (joined.rows, joined.unfinished):
-        for rows in part.values():
-            kinds = rows[:, META] & 0xF
-            number += int(np.count_nonzero((kinds == COLLECTIVE) | (kinds == PHASE)))
-    return number
 
 
 class _Resources:

@@ -11,13 +11,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from span_model import model_spans, sdk_span
 
 from onecast.telemetry import otlp_encoder, ring
-from onecast.telemetry.kept_step import MAX_VALUE, KeptStep, arrivals_in
+from onecast.telemetry.kept_step import MAX_VALUE, KeptStep
 from onecast.telemetry.otlp_encoder import Encoded, OtlpEncoder
 from onecast.telemetry.otlp_wire import Piece, Template, hole, padded_varints, varint
 from onecast.telemetry.probe import pack_frame
 from onecast.telemetry.ring import pack_meta
 from onecast.telemetry.span_builder import SpanBuilder
 from onecast.telemetry.spans import Attribute, Link, Span, trace_id
+from onecast.telemetry.step_facts import step_facts
 from onecast.telemetry.steps import JoinedStep
 
 # Tables of two ranks that number the same names differently; 0 is no name.
@@ -93,7 +94,7 @@ def kept_steps(draw: Any) -> list[KeptStep]:
                 trace_id("e", step),
                 "all",
                 joined,
-                arrivals_in([joined], dict(enumerate(NAMES)))[0],
+                step_facts([joined], dict(enumerate(NAMES)))[0].arrivals,
                 tuple(Link(*pair) for pair in pairs),
             )
         )
@@ -174,7 +175,7 @@ def test_large_steps_are_cut_into_requests_that_servers_take(
     rows[7, ring.END] = 0
     names = dict(enumerate(NAMES))
     joined = JoinedStep(3, {0: rows})
-    kept = KeptStep(3, trace_id("e", 3), "all", joined, arrivals_in([joined], names)[0])
+    kept = KeptStep(3, trace_id("e", 3), "all", joined, step_facts([joined], names)[0].arrivals)
     requests = OtlpEncoder(RESOURCES, "9").encode(SpanBuilder("e", names, OFFSET).build([kept]))
     assert len(requests) > 10
     assert max(len(request.body) for request in requests) < 41_000

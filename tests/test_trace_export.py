@@ -10,11 +10,12 @@ import pytest
 from onecast.comm.testing import run_ranks
 from onecast.telemetry import TelemetrySettings, make_run_dir, start_session
 from onecast.telemetry import ring as layout
-from onecast.telemetry.kept_step import KeptStep, arrivals_in
+from onecast.telemetry.kept_step import KeptStep
 from onecast.telemetry.probe import pack_frame
 from onecast.telemetry.ring import pack_meta
 from onecast.telemetry.span_builder import SpanBuilder
 from onecast.telemetry.spans import Link, Span, trace_id, worker_span_id
+from onecast.telemetry.step_facts import step_facts
 from onecast.telemetry.steps import JoinedStep, StepJoiner
 from onecast.telemetry.trace_file import TraceFile
 
@@ -38,8 +39,8 @@ TABLES = {0: NAMES, 1: NAMES}
 
 
 def keep(joined: JoinedStep) -> KeptStep:
-    (arrivals,) = arrivals_in([joined], TABLES)
-    return KeptStep(joined.step, trace_id("e", joined.step), "all", joined, arrivals)
+    (facts,) = step_facts([joined], TABLES)
+    return KeptStep(joined.step, trace_id("e", joined.step), "all", joined, facts.arrivals)
 
 
 def build(joined: JoinedStep) -> list[Span]:
