@@ -56,6 +56,7 @@ class HangWatch:
         self._open: dict[Key, _Told] = {}
         self._counted: set[tuple[str, Key]] = set()
         self._looked_ns = 0
+        self._disagreement: Disagreement | None = None
         self._failed = False  # a collective has raised: ranks may disagree without a hang
 
     @property
@@ -95,18 +96,18 @@ class HangWatch:
 
     def look(self, looks: Sequence[RankLook], now_ns: int) -> list[Hang]:
         """What is new, has changed or is over since the last look."""
-        disagreement = None
         found = diagnose(looks, now_ns, self._limit_ns, local_ranks=self._local_ranks)
-        if found or self._failed:
-            disagreement = first_disagreement(
+        # The costly part: what the ranks called before does not change while they hang.
+        if self._failed or any(hang.key not in self._open for hang in found):
+            self._disagreement = first_disagreement(
                 {look.rank: np.concatenate([look.finished, look.pending]) for look in looks},
                 {look.rank: look.names for look in looks},
             )
-        hangs = [_with_disagreement(hang, disagreement) for hang in found]
+        hangs = [_with_disagreement(hang, self._disagreement) for hang in found]
         telling = [hang for hang in hangs if self._is_news(hang, looks, now_ns)]
         telling += self._over({hang.key for hang in hangs}, looks, now_ns)
-        if disagreement is not None and self._failed:
-            telling += self._failure(disagreement, now_ns)
+        if self._disagreement is not None and self._failed:
+            telling += self._failure(self._disagreement, now_ns)
         self._failed = False
         for hang in telling:
             self._count(hang)
