@@ -9,11 +9,11 @@ the same host. The file outlives its process, so what was in flight at a SIGKILL
     +----------------------------------------------------------------------------------+ 4096
     | names: 512 entries of 128 bytes: length (2 bytes), UTF-8; entry 0 is "no name"     |
     +----------------------------------------------------------------------------------+ 69632
-    | records: `capacity` (a power of two) of 64 bytes; ticket t lives in slot t % capacity |
+    | records: `capacity` (a power of two) of 64 bytes; number n is in slot (n - 1) % capacity|
 
 A record is eight words:
 
-    begin_ns | end_ns | step | meta | sequence | nbytes | aux | ticket + 1
+    begin_ns | end_ns | step | meta | sequence | nbytes | aux | ticket
 
     end_ns    0 while the operation is in flight; written last, by one store
     meta      kind: 4 bits | name: 12 | group: 12 | dtype: 12 | group size: 16   (low to high)
@@ -21,7 +21,8 @@ A record is eight words:
               "label \\t name unique in the cluster"
     aux       low byte the status: OK 0, ERROR 1 | name of the exception type << 8, UNWAITED 2,
               DISCARDED 3
-    ticket+1  published last, by one aligned 8-byte store; 0 while the record is being written
+    ticket    the record's number, from 1; published last, by one aligned 8-byte store; 0 while
+              the record is being written
 
     kind        sequence             nbytes                  aux, and what else is special
     COLLECTIVE  number in its group  payload                 OK: ns from begin to Work.wait << 8
@@ -183,8 +184,8 @@ def _reserve(descriptor: int, nbytes: int, path: Path) -> None:
 class RingMemory(NamedTuple):
     """What it takes to write records without a call: for the wrappers of the hottest operations.
 
-    A ticket is the next of `tickets`; it lives in slot `ticket & mask`, `records + (slot << 6)`
-    bytes into the mapping.
+    A ticket is the next of `tickets`; its record is in slot `ticket - 1 & mask`, that is
+    `records + (slot << 6)` bytes into the mapping.
     """
 
     mapping: mmap.mmap
@@ -195,8 +196,8 @@ class RingMemory(NamedTuple):
     step: list[int]  # its only element: the current step
     ends: "memoryview[int]"  # this and the next two by slot
     auxes: "memoryview[int]"
-    published: "memoryview[int]"  # ticket + 1
-    open: Callable[..., None]  # (mapping, offset, begin, step, meta, sequence, nbytes, ticket + 1)
+    published: "memoryview[int]"  # tickets
+    open_record: Callable[..., None]  # (mapping, offset, begin_ns, step, meta, ... , ticket)
 
 
 class RingWriter:
@@ -207,7 +208,8 @@ class RingWriter:
     `next` is one atomic step under the GIL.
 
     begin(meta, sequence, nbytes) -> ticket      opens a record
-    end(ticket, status=OK)                       closes it
+    end(ticket, status=OK)                       closes it; status: the whole word aux
+    end_at(ticket, end_ns, status)               the same, as of then
     record(begin_ns, end_ns, meta, sequence, nbytes, aux)   writes a finished one
     record_in_step(step, begin_ns, ...)          the same, with a step word of its own
     set_nbytes(ticket, nbytes)                   what was not known at the beginning
@@ -218,6 +220,7 @@ class RingWriter:
     memory: RingMemory
     begin: Callable[[int, int, int], int]
     end: Callable[..., None]
+    end_at: Callable[[int, int, int], None]
     record: Callable[[int, int, int, int, int, int], None]
     record_in_step: Callable[[int, int, int, int, int, int, int], None]
     set_step: Callable[[int], None]
@@ -290,7 +293,7 @@ class RingWriter:
 
     def _bind(self, capacity: int) -> None:
         mapping, words = self._mapping, self._words
-        tickets = itertools.count()
+        tickets = itertools.count(1)
         next_ticket, now = tickets.__next__, time.perf_counter_ns
         mask, records = capacity - 1, RECORDS_OFFSET
         columns = [words[RECORDS_OFFSET // WORD + word :: RECORD_WORDS] for word in range(8)]
@@ -303,34 +306,40 @@ class RingWriter:
 
         def begin(meta: int, sequence: int, nbytes: int) -> int:
             ticket = next_ticket()
-            slot = ticket & mask
-            words[H_HEAD] = ticket + 1  # before the slot changes: a reader a lap behind must know
+            slot = ticket - 1 & mask
+            words[H_HEAD] = ticket  # before the slot changes: a reader a lap behind must know
             # Zeroes the slot, then stores word after word, the ticket last.
             open_record(
                 mapping, records + (slot << 6), now(), step_now[0], meta, sequence, nbytes,
-                ticket + 1,
+                ticket,
             )  # fmt: skip
             return ticket
 
         def end(ticket: int, status: int = OK) -> None:
-            slot = ticket & mask
-            if published[slot] != ticket + 1:
+            slot = ticket - 1 & mask
+            if published[slot] != ticket:
                 return  # a lap later the slot belongs to another record
             if status:
                 auxes[slot] = status
             ends[slot] = now()
 
+        def end_at(ticket: int, end_ns: int, status: int) -> None:
+            slot = ticket - 1 & mask
+            if published[slot] == ticket:
+                auxes[slot] = status
+                ends[slot] = end_ns
+
         def record_in_step(
             step: int, begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
         ) -> None:
             ticket = next_ticket()
-            slot = ticket & mask
-            words[H_HEAD] = ticket + 1
+            slot = ticket - 1 & mask
+            words[H_HEAD] = ticket
             pack(
                 mapping, records + (slot << 6), begin_ns, end_ns, step, meta, sequence, nbytes,
                 aux, 0,
             )  # fmt: skip
-            published[slot] = ticket + 1
+            published[slot] = ticket
 
         def record(
             begin_ns: int, end_ns: int, meta: int, sequence: int, nbytes: int, aux: int
@@ -342,16 +351,16 @@ class RingWriter:
             words[H_STEP] = step
 
         def set_nbytes(ticket: int, nbytes: int) -> None:
-            slot = ticket & mask
-            if published[slot] == ticket + 1:
+            slot = ticket - 1 & mask
+            if published[slot] == ticket:
                 columns[NBYTES][slot] = nbytes
 
         def discard_step(since: int) -> None:
             # What a reader has taken by now is out of reach: DISCARDED tells it about the rest.
-            for ticket in range(since + 1, words[H_HEAD]):
-                slot = ticket & mask
+            for ticket in range(since + 1, words[H_HEAD] + 1):
+                slot = ticket - 1 & mask
                 kind = meta_kind(columns[META][slot])
-                if published[slot] != ticket + 1 or kind > LAST_OF_STEP:
+                if published[slot] != ticket or kind > LAST_OF_STEP:
                     continue
                 columns[STEP][slot] = -1
                 if kind == PHASE:
@@ -359,7 +368,7 @@ class RingWriter:
             set_step(-1)
 
         self.begin, self.end, self.record, self.set_step = begin, end, record, set_step
-        self.record_in_step = record_in_step
+        self.record_in_step, self.end_at = record_in_step, end_at
         self.set_nbytes, self.discard_step = set_nbytes, discard_step
 
     def intern(self, name: str) -> int:

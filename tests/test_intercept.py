@@ -258,30 +258,52 @@ def test_an_exception_marks_the_record_and_reaches_the_caller() -> None:
     assert first["recv", "default_pg"] == [(1, 8, "float32", layout.ERROR)]
 
 
-def _asynchronous(rank: int) -> list[tuple[float, int]]:
+def _asynchronous(rank: int) -> dict[int, tuple[float, float, int]]:
     import torch
     import torch.distributed as dist
 
     recording = Recording(rank)
-    work = dist.all_reduce(torch.ones(4), async_op=True)
+    x = torch.ones(4)
+    waited = dist.all_reduce(x, async_op=True)
     assert recording.rows() == []
     time.sleep(0.2)
     assert recording.rows() == [], "it has not ended until somebody has waited"
-    work.wait()
-    work.wait()  # a second wait changes nothing
-    dropped = dist.all_reduce(torch.ones(4), async_op=True)
-    dropped.get_future().wait()
+    waited.wait()
+    waited.wait()  # a second wait changes nothing
+    dist.all_reduce(x)  # 2: waits itself
+    by_future = dist.all_reduce(x, async_op=True)
+    by_future.get_future().wait()
+    time.sleep(0.2)
+    del by_future
+    polled = dist.all_reduce(x, async_op=True)
+    while not polled.is_completed():
+        time.sleep(0.001)
+    time.sleep(0.2)
+    polled.wait()
+    dropped = dist.all_reduce(x, async_op=True)
+    time.sleep(0.2)
     del dropped
+    recording.instrumentor.sample_coverage()
     rows = recording.rows()
     recording.close()
-    return [((row[layout.END] - row[layout.BEGIN]) * 1e-9, row[layout.AUX]) for row in rows]
+    return {
+        row[layout.SEQUENCE]: (
+            (row[layout.END] - row[layout.BEGIN]) * 1e-9,
+            (row[layout.AUX] >> 8) * 1e-9,
+            row[layout.AUX] & 0xFF,
+        )
+        for row in rows
+    }
 
 
 def test_an_operation_ends_when_it_has_been_waited_for_or_dropped() -> None:
-    for waited, dropped in run_ranks(_asynchronous, 2):
-        assert 0.2 <= waited[0] < 5 and waited[1] & 0xFF == layout.OK
-        assert 0.2 <= (waited[1] >> 8) * 1e-9 <= waited[0]
-        assert dropped[1] == layout.UNWAITED
+    for found in run_ranks(_asynchronous, 2):
+        took, hidden, status = zip(*(found[number] for number in range(1, 6)), strict=True)
+        assert status == (layout.OK, layout.OK, layout.OK, layout.OK, layout.UNWAITED)
+        assert 0.2 <= hidden[0] <= took[0] < 5
+        assert hidden[1] == 0, "who waits in the call itself hides nothing"
+        assert took[2] < 0.2 and took[3] < 0.2, "over before anybody waited"
+        assert hidden[3] == took[3]
 
 
 def _functional(rank: int) -> tuple[Seen, int]:

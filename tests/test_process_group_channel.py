@@ -616,7 +616,7 @@ class Timer:
         return 0
 
     def end(self, ticket: int, status: int = 0) -> None:
-        self.ended.append("ended" if status == 0 else "not waited for")
+        self.ended.append("ended" if status & 0xFF == 0 else "not waited for")
 
     def fail(self, ticket: int, error: BaseException) -> None:
         self.ended.append(repr(error))

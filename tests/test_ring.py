@@ -42,7 +42,7 @@ def test_a_record_comes_back_with_every_field(run_dir: str) -> None:
     after = time.perf_counter_ns()
     (row,) = reader.drain().rows.tolist()
     assert before <= row[layout.BEGIN] <= row[layout.END] <= after
-    assert row[layout.STEP :] == [7, META, 41, 4096, layout.OK, ticket + 1]
+    assert row[layout.STEP :] == [7, META, 41, 4096, layout.OK, ticket]
     assert layout.meta_kind(META) == layout.COLLECTIVE
     assert [f(META) for f in (layout.meta_name, layout.meta_group, layout.meta_dtype)] == [1, 2, 3]
     assert layout.meta_group_size(META) == 4
