@@ -43,8 +43,8 @@ class RunConfig:
     overwrite: bool = False
     timeout_s: float = 120.0
     no_telemetry: bool = False
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int = 0
+    metrics_host: str | None = None  # None, here and below: as the environment says
+    metrics_port: int | None = None
     trace: Path | None = None
     show: int = 0
 
@@ -54,8 +54,9 @@ class RunConfig:
             if value is not None and not value >= least:
                 raise ValueError(f"{_flag(name)}: {value} is below {least}")
         for name, most in _MOST.items():
-            if getattr(self, name) > most:
-                raise ValueError(f"{_flag(name)}: {getattr(self, name)} is above {most}")
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ValueError(f"{_flag(name)}: {value} is above {most}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other: choose one")
         if self.no_telemetry and self.trace is not None:
@@ -154,8 +155,8 @@ def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     switch("overwrite", "replace an existing output file")
     option("timeout_s", "longest wait for another rank, in seconds (%(default)s)", type=float)
     switch("no_telemetry", "measure nothing")
-    option("metrics_host", "address to serve /metrics on (%(default)s)", metavar="HOST")
-    option("metrics_port", "port to serve /metrics on; 0: any free one (%(default)s)", type=int)
+    option("metrics_host", "address to serve /metrics on (127.0.0.1)", metavar="HOST")
+    option("metrics_port", "port to serve /metrics on; 0: any free one (0)", type=int)
     option("trace", "trace file for Jaeger's and Perfetto's pages", type=Path, metavar="FILE")
     option("show", "print this many prompts with their completions at the end", type=int)
 

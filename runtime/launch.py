@@ -20,14 +20,16 @@ from .batch_file import count_complete, count_lines
 from .config import LAUNCHER_PID_VARIABLE, RUN_DIR_VARIABLE, RunConfig
 from .failure import root_cause
 from .preflight import check, check_port
-from .wiring import name_run_directory, remove_run_directory
+from .wiring import name_run_directory, remove_run_directory, telemetry_settings
 
 
 def launch(config: RunConfig) -> int:
     """Run `config.tp` ranks to their end; returns the exit status and prints why if it is not 0."""
     check(config, tp=config.tp, local_ranks=config.tp)
     if not config.no_telemetry:
-        check_port(config.metrics_host, config.metrics_port)
+        settings = telemetry_settings(config)
+        if settings.metrics_port is not None:
+            check_port(settings.metrics_host, settings.metrics_port)
     run_directory = name_run_directory()
     log_directory = tempfile.mkdtemp(prefix="onecast-")
     os.environ[RUN_DIR_VARIABLE] = run_directory

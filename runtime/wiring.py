@@ -50,6 +50,20 @@ def _sidecars(run_dir: str) -> list[int]:
     return found
 
 
+def telemetry_settings(config: RunConfig) -> TelemetrySettings:
+    """What the environment says (`onecast.telemetry.environment`), and the options on top.
+
+    ValueError names the variable, or the setting, that cannot be.
+    """
+    options = {
+        "metrics_host": config.metrics_host,
+        "metrics_port": config.metrics_port,
+        "trace_file": None if config.trace is None else str(config.trace),
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return TelemetrySettings.from_env(None, **given)
+
+
 class RunTelemetry:
     """Records every collective inside its `with`; whoever comes first starts the node's sidecar.
 
@@ -69,12 +83,6 @@ class RunTelemetry:
         config, environment = self._config, self._environment
         if config.no_telemetry:
             return NullObserver()
-        changes: dict[str, Any] = {
-            "metrics_host": config.metrics_host,
-            "metrics_port": config.metrics_port,
-        }
-        if config.trace is not None:
-            changes["trace_file"] = str(config.trace)
         self._session = start_session(
             rank=environment.rank,
             local_rank=environment.local_rank,
@@ -85,7 +93,7 @@ class RunTelemetry:
             # behind. Under torchrun alone ranks agree on one.
             run_dir=environment.run_dir,
             node=environment.node,
-            settings=TelemetrySettings.from_env(**changes),
+            settings=telemetry_settings(config),
         )
         self.metrics_url = self._session.metrics_url
         return self._session

@@ -36,7 +36,7 @@ class Node:
         *,
         engine_id: str,
         local_world_size: int,
-        tracing: Tracing | None = None,
+        tracing: Tracing,
         hang_s: float = 0.0,
         cursors: Cursors | None = None,
         restarts: int = 0,
@@ -86,8 +86,7 @@ class Node:
         """The last poll: steps that never ended leave as they are, and the outputs close."""
         with self.lock:
             self._drain(last=True)
-        if self.tracing is not None:
-            self.tracing.finish()  # without the lock: a slow endpoint must not stop a scrape
+        self.tracing.finish()  # without the lock: a slow endpoint must not stop a scrape
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
@@ -100,7 +99,7 @@ class Node:
                 self.engine_id,
                 self.totals,
                 ranks,
-                self.dropped(),
+                self.dropped,
                 found=self._watch.totals,
                 sidecar_restarts=self.restarts,
             )
@@ -108,14 +107,14 @@ class Node:
     def report(self) -> dict[str, Any]:
         with self.lock:
             self._drain()
-            dropped, tracing = self.dropped(), self.tracing
-            trace_file = tracing.trace_file if tracing is not None else None
+            dropped, tracing = self.dropped, self.tracing
+            trace_file = tracing.trace_file
             return {
                 **self.totals.report(),
                 "engine_id": self.engine_id,
                 "ranks": sorted(self.readers),
                 "trace_file": str(trace_file) if trace_file is not None else None,
-                "spans_exported": tracing.exported if tracing is not None else 0,
+                "spans_exported": tracing.exported,
                 "sidecar_restarts": self.restarts,
                 "hangs": [hang.text for hang in self.hangs],
                 "dropped": sum(dropped.values()),
@@ -124,13 +123,13 @@ class Node:
                 },
             }
 
+    @property
     def dropped(self) -> dict[tuple[str, str], int]:
         """What was lost or left out so far, by signal and reason."""
         dropped = dict(self._dropped)
         if self._joiner.late:
             dropped["records", "late"] = self._joiner.late
-        if self.tracing is not None:
-            dropped.update(self.tracing.dropped)
+        dropped.update(self.tracing.dropped)
         return dropped
 
     def _drain(self, *, last: bool = False) -> None:
@@ -139,8 +138,8 @@ class Node:
         for rank, found in drained.items():
             self._take(rank, found)
         self.pending = {rank: found.pending for rank, found in drained.items()}
-        if self.complete and self.tracing is not None:
-            self._release(self.tracing, everything=last)
+        if self.complete:
+            self._release(everything=last)
         for hang in self._watch.poll(self.readers, drained, time.perf_counter_ns(), last=last):
             _logger.warning("%s", hang.text)
         if self._cursors is not None:  # counted: what a sidecar after this one need not read again
@@ -151,14 +150,13 @@ class Node:
         if drained.lost:
             self._dropped["records", "overrun"] += drained.lost
         self.totals.add(rank, drained.rows, self.readers[rank].names)
-        if self.tracing is not None:
-            self.tracing.requests(rank, drained.rows)
-            self._joiner.add(rank, drained.rows)
+        self.tracing.requests(rank, drained.rows)
+        self._joiner.add(rank, drained.rows)
 
-    def _release(self, tracing: Tracing, everything: bool) -> None:
+    def _release(self, everything: bool) -> None:
         names = {rank: reader.names for rank, reader in self.readers.items()}
         for joined in self._joiner.release(self.pending, everything=everything):
-            kept = tracing.step(joined)
+            kept = self.tracing.step(joined)
             if kept is not None:
                 self.totals.exemplify(kept.joined, names, kept.trace_id, kept.span_ids)
 
@@ -177,7 +175,7 @@ class Node:
                 _logger.error("%s", error)
                 continue
             self.readers[reader.rank] = reader
-        if self.complete and self.tracing is not None:
+        if self.complete:
             self.tracing.attach(self.readers)
 
     def _rank_state(self, reader: RingReader, now_ns: int) -> RankState:
