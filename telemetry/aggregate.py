@@ -1,10 +1,9 @@
 """What the records add up to: histograms and totals of one node's ranks.
 
-Owns the batching, and the series of steps and frames; those of collectives, requests and CUDA
-graphs are in `collective_totals`, `request_totals` and `graph_totals`. `add` only keeps the
-records: they are counted thousands at a time, because a few passes of numpy cost the same for ten
-records as for a thousand, and in any case before something is read. Knows neither Prometheus nor
-traces.
+Owns the batching. The series are in `collective_totals`, `step_totals`, `request_totals` and
+`graph_totals`. `add` only keeps the records: they are counted thousands at a time, because a few
+passes of numpy cost the same for ten records as for a thousand, and in any case before something
+is read. Knows neither Prometheus nor traces.
 """
 
 from collections import defaultdict
@@ -13,12 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from .collective_totals import CollectiveTotals, Part, SpanIds
-from .exposed import ExposedTime
+from .collective_totals import CollectiveTotals, SpanIds
 from .graph_totals import GraphTotals
-from .histograms import LONG_DURATIONS, SIZES, Histogram, HistogramTable, merged_quantile
-from .labels import SIZE_CLASSES, CollectiveKey, GroupKey, bus_factor, group_label, name_at
-from .probe import unpack_frame
+from .histograms import (
+    Histogram,
+    Integers,
+    merged_quantile,
+)
+from .labels import (
+    SIZE_CLASSES,
+    CollectiveKey,
+    GroupKey,
+    Part,
+    bus_factor,
+    group_label,
+    name_at,
+)
 from .request_totals import RequestTotals
 from .ring import (
     AUX,
@@ -26,13 +35,10 @@ from .ring import (
     COLLECTIVE,
     DEVICE,
     END,
-    ERROR,
-    FRAME,
     GRAPH,
+    LAST_OF_STEP,
     META,
-    NBYTES,
     OK,
-    PHASE,
     REQUEST,
     STEP_KIND,
     clock_offset_ns,
@@ -41,6 +47,7 @@ from .ring import (
     meta_name,
 )
 from .ring_reader import Rows
+from .step_totals import StepTotals, unpack_frames
 from .steps import JoinedStep
 
 __all__ = [
@@ -52,6 +59,7 @@ __all__ = [
     "bus_factor",
     "group_label",
     "oldest_in_flight",
+    "unpack_frames",
 ]
 
 _BATCH = 32768  # records; 2 MiB
@@ -71,14 +79,7 @@ class Aggregate:
         self._collectives = CollectiveTotals(local_ranks)
         self._requests = RequestTotals()
         self._graphs = GraphTotals(run_dir)
-        self._exposed_time: dict[int, ExposedTime] = defaultdict(ExposedTime)  # by rank
-        self._phases: HistogramTable[tuple[str, int]] = HistogramTable(LONG_DURATIONS)
-        self._steps: HistogramTable[int] = HistogramTable(LONG_DURATIONS)
-        self._exposed: HistogramTable[int] = HistogramTable(LONG_DURATIONS)
-        self._frame_bytes: HistogramTable[tuple[str, str, int]] = HistogramTable(SIZES)
-        self._frame_metadata_bytes: HistogramTable[tuple[str, str, int]] = HistogramTable(SIZES)
-        self._frame_parts: HistogramTable[tuple[str, str, int]] = HistogramTable(LONG_DURATIONS)
-        self._frame_broadcasts: dict[tuple[str, str, int], int] = defaultdict(int)
+        self._steps = StepTotals()
 
     def add(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
         """Take in finished records of one rank, of any kind; `names` may grow, never change."""
@@ -106,8 +107,8 @@ class Aggregate:
             steps = rows[(rows[:, META] & 0xF == STEP_KIND) & (rows[:, AUX] & 0xFF == OK)]
             if len(steps):
                 spans = np.zeros(len(steps)) if span_ids is None else span_ids(rank, steps)
-                self._steps.exemplify(
-                    np.full(len(steps), self._steps.row(rank)),
+                self._steps.durations.exemplify(
+                    np.full(len(steps), self._steps.durations.row(rank)),
                     steps[:, END] - steps[:, BEGIN],
                     steps[:, END] + self._clock_offset_ns,
                     trace_id,
@@ -166,44 +167,25 @@ class Aggregate:
         return self.totals.joiner.unjoined
 
     @property
-    def phases(self) -> HistogramTable[tuple[str, int]]:
-        """By (phase, rank)."""
-        self._settle()
-        return self._phases
-
-    @property
-    def steps(self) -> HistogramTable[int]:
-        """By rank."""
+    def of_steps(self) -> StepTotals:
+        """Of steps: durations, exposed communication, phases, frames."""
         self._settle()
         return self._steps
 
     @property
-    def exposed(self) -> HistogramTable[int]:
+    def steps(self) -> Mapping[int, Histogram]:
+        """By rank."""
+        return self.of_steps.durations
+
+    @property
+    def exposed(self) -> Mapping[int, Histogram]:
         """Exposed communication of steps, by rank."""
-        self._settle()
-        return self._exposed
+        return self.of_steps.exposed
 
     @property
-    def frame_bytes(self) -> HistogramTable[tuple[str, str, int]]:
-        """By (channel, direction, rank)."""
-        self._settle()
-        return self._frame_bytes
-
-    @property
-    def frame_metadata_bytes(self) -> HistogramTable[tuple[str, str, int]]:
-        self._settle()
-        return self._frame_metadata_bytes
-
-    @property
-    def frame_parts(self) -> HistogramTable[tuple[str, str, int]]:
-        """By (channel, encode | publish | wait | decode, rank)."""
-        self._settle()
-        return self._frame_parts
-
-    @property
-    def frame_broadcasts(self) -> Mapping[tuple[str, str, int], int]:
-        self._settle()
-        return self._frame_broadcasts
+    def phases(self) -> Mapping[tuple[str, int], Histogram]:
+        """By (phase, rank)."""
+        return self.of_steps.phases
 
     @property
     def requests(self) -> RequestTotals:
@@ -262,79 +244,42 @@ class Aggregate:
 
     def _settle(self) -> None:
         """Count everything that was added."""
-        collectives, others = self._sorted_out()
-        if collectives:
-            self._collectives.add(collectives)
-        for rank, rows, names in others:
-            self._add_others(rank, rows, names)
-        for rank, rows, _ in collectives:
-            self._exposed_time[rank].add(rows)
-        for rank, steps in self._ended_steps(others):
-            exposed = self._exposed_time[rank].take(steps)
-            self._exposed.add(np.full(len(exposed), self._exposed.row(rank)), exposed)
+        if self._waiting:
+            by_rank: dict[int, tuple[list[Rows], Sequence[str]]] = {}
+            for rank, rows, names in self._waiting:
+                by_rank.setdefault(rank, ([], names))[0].append(rows)
+            self._waiting, self._num_waiting = [], 0
+            self._count(by_rank)
         if self._graphs.unknown:
             self._graphs.resolve()
 
-    def _sorted_out(self) -> tuple[list[Part], list[Part]]:
-        """What waits: collectives, and the rest; one entry a rank."""
-        by_rank: dict[int, tuple[list[Rows], Sequence[str]]] = {}
-        for rank, rows, names in self._waiting:
-            by_rank.setdefault(rank, ([], names))[0].append(rows)
-        self._waiting, self._num_waiting = [], 0
-        collectives: list[Part] = []
-        others: list[Part] = []
-        for rank, (parts, names) in by_rank.items():
-            everything = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            chosen = everything[:, META] & 0xF == COLLECTIVE
-            for found, rows in ((collectives, everything[chosen]), (others, everything[~chosen])):
-                if len(rows):
-                    found.append((rank, rows, names))
-        return collectives, others
+    def _count(self, by_rank: Mapping[int, tuple[list[Rows], Sequence[str]]]) -> None:
+        # Column by column in memory: each is read several times, most records in one go.
+        pieces = [rows.T for parts, _ in by_rank.values() for rows in parts]
+        columns = np.concatenate(pieces, axis=1)
+        lengths = [sum(map(len, parts)) for parts, _ in by_rank.values()]
+        stops = np.cumsum(lengths)
+        chosen = columns[META] & 0xF == COLLECTIVE
 
-    def _ended_steps(self, others: list[Part]) -> list[tuple[int, Rows]]:
-        found = [(rank, rows[rows[:, META] & 0xF == STEP_KIND]) for rank, rows, _ in others]
-        return [(rank, steps) for rank, steps in found if len(steps)]
+        def split(where: Integers) -> tuple[Rows, list[Part]]:
+            rows: Rows = np.take(columns, where, axis=1).T
+            ends = np.searchsorted(where, stops).tolist()
+            cuts = zip([0, *ends], ends, by_rank.items(), strict=False)
+            parts = [(rank, rows[a:b], names) for a, b, (rank, (_, names)) in cuts if a < b]
+            return rows, parts
 
-    def _add_others(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
-        kinds, status = rows[:, META] & 0xF, rows[:, AUX] & 0xFF
-        steps = rows[(kinds == STEP_KIND) & (status == OK)]
-        self._steps.add(np.full(len(steps), self._steps.row(rank)), steps[:, END] - steps[:, BEGIN])
-        self._add_phases(rank, rows[(kinds == PHASE) & (status != ERROR)], names)
-        self._add_frames(rank, rows[kinds == FRAME], names)
-        self._collectives.add_device(rank, rows[kinds == DEVICE], names)
-        self._requests.add(rank, rows[kinds == REQUEST], names)
-        self._graphs.add(rank, rows[kinds == GRAPH])
-
-    def _add_phases(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
-        if not len(rows):
-            return
-        metas, which = np.unique(rows[:, META], return_inverse=True)
-        series = [
-            self._phases.row((name_at(names, meta_name(meta)), rank)) for meta in metas.tolist()
-        ]
-        self._phases.add(np.array(series, np.int64)[which], rows[:, END] - rows[:, BEGIN])
-
-    def _add_frames(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
-        for meta in np.unique(rows[:, META]).tolist():
-            chosen = rows[rows[:, META] == meta]
-            channel, direction = name_at(names, meta_group(meta)), name_at(names, meta_name(meta))
-            series = channel, direction, rank
-            nbytes, metadata, broadcasts, last = unpack_frames(chosen)
-            self._frame_broadcasts[series] += int(broadcasts.sum())
-            first = chosen[:, END] - chosen[:, BEGIN] - last
-            parts = ("encode", "publish") if direction == "published" else ("wait", "decode")
-            for table, key, values in (
-                (self._frame_bytes, series, nbytes),
-                (self._frame_metadata_bytes, series, metadata),
-                (self._frame_parts, (channel, parts[0], rank), first),
-                (self._frame_parts, (channel, parts[1], rank), last),
-            ):
-                table.add(np.full(len(values), table.row(key)), values)
-
-
-def unpack_frames(rows: Rows) -> tuple[Any, Any, Any, Any]:
-    """`unpack_frame` on whole columns."""
-    return unpack_frame(rows[:, NBYTES], rows[:, AUX])  # type: ignore[arg-type]
+        collectives, parts = split(np.flatnonzero(chosen))
+        if parts:
+            self._collectives.add(collectives, parts)
+            self._steps.add_collectives(parts)
+        others, parts = split(np.flatnonzero(~chosen))
+        self._steps.add(others, parts)
+        for rank, rows, names in parts:
+            kinds = rows[:, META] & 0xF
+            if kinds.max() > LAST_OF_STEP:  # the rare ones
+                self._collectives.add_device(rank, rows[kinds == DEVICE], names)
+                self._requests.add(rank, rows[kinds == REQUEST], names)
+                self._graphs.add(rank, rows[kinds == GRAPH])
 
 
 def oldest_in_flight(

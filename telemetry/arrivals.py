@@ -33,6 +33,7 @@ Booleans = npt.NDArray[np.bool_]
 
 UNJOINED = ("other_nodes", "lost", "desync")  # why records were not joined
 _SEQUENCE_BITS = 48  # of a key; above them the number of the group
+_MAX_SPARSE = 8  # places in the table per record
 _PATIENCE_NS = 60 * 10**9  # for the records of other ranks
 # After so long a group that some local ranks have never called has its other ranks elsewhere.
 _ACQUAINTANCE_NS = 10 * 10**9
@@ -48,34 +49,51 @@ class Arrivals(NamedTuple):
 
 
 class _Meetings(NamedTuple):
-    """Records ordered so that those of one collective stand together."""
+    """Of each record, in the order they were given."""
 
-    order: Integers  # of the records
-    met: Booleans  # in this order: whether its collective is whole and of one operation
-    disagree: Booleans  # in this order: whole, but of several operations
-    last_begin: Integers  # in this order
-    is_last: Booleans  # in this order: one of each collective
+    met: Booleans  # whether its collective is whole and of one operation
+    disagree: Booleans  # whole, but of several operations
+    last_begin: Integers
+    is_last: Booleans  # one of each whole collective
 
 
-def _meet(keys: Integers, sizes: Integers, ops: Integers, begins: Integers) -> _Meetings:
-    order = np.argsort(keys)
-    keys, begins, ops = keys[order], begins[order], ops[order]
-    edges = np.flatnonzero(keys[1:] != keys[:-1]) + 1
-    starts = np.concatenate([np.zeros(1, np.int64), edges])
-    counts = np.diff(np.append(starts, len(keys)))
-    whole = counts == sizes[order[starts]]
-    agree = np.maximum.reduceat(ops, starts) == np.minimum.reduceat(ops, starts)
-    latest = np.maximum.reduceat(begins, starts)
-    meeting = np.repeat(np.arange(len(starts)), counts)
+def _meet(groups: Integers, sequences: Integers, kinds: Integers, begins: Integers) -> _Meetings:
+    """`kinds`: what was called, the size of the group in its low 16 bits.
+
+    Without sorting: collectives are numbered one after the other, so each has a place of its own
+    in a table that is hardly larger than they are many.
+    """
+    meeting, number = _places(groups, sequences)
+    last_begin = np.full(number, np.iinfo(np.int64).min)
+    np.maximum.at(last_begin, meeting, begins)
+    kind = np.zeros(number, np.int64)
+    kind[meeting] = kinds
+    whole = np.bincount(meeting, minlength=number) == kind & 0xFFFF
+    agree = np.ones(number, np.bool_)
+    agree[meeting[kind[meeting] != kinds]] = False
+    last_begin = last_begin[meeting]
     met = (whole & agree)[meeting]
-    last_begin = latest[meeting]
+    # Two that began in the same nanosecond were not both last: one of them stays.
     candidates = np.flatnonzero(met & (begins == last_begin))
-    # Two that began in the same nanosecond were not both last.
-    first_of_meeting = np.ones(len(candidates), np.bool_)
-    first_of_meeting[1:] = meeting[candidates[1:]] != meeting[candidates[:-1]]
-    is_last = np.zeros(len(keys), np.bool_)
-    is_last[candidates[first_of_meeting]] = True
-    return _Meetings(order, met, (whole & ~agree)[meeting], last_begin, is_last)
+    chosen = np.full(number, -1)
+    chosen[meeting[candidates]] = candidates
+    is_last = np.zeros(len(begins), np.bool_)
+    is_last[chosen[chosen >= 0]] = True
+    return _Meetings(met, (whole & ~agree)[meeting], last_begin, is_last)
+
+
+def _places(groups: Integers, sequences: Integers) -> tuple[Integers, int]:
+    """A number for each collective, and how many there can be."""
+    first = np.full(int(groups.max()) + 1, np.iinfo(np.int64).max)
+    last = np.full(len(first), -1)
+    np.minimum.at(first, groups, sequences)
+    np.maximum.at(last, groups, sequences)
+    widths = np.where(last >= 0, last - first + 1, 0)
+    number = int(widths.sum())
+    if number > _MAX_SPARSE * len(groups):  # records that wait since long ago
+        kept, places = np.unique(groups << _SEQUENCE_BITS | sequences, return_inverse=True)
+        return places, len(kept)
+    return (np.cumsum(widths) - widths - first)[groups] + sequences, number
 
 
 def arrivals_of(
@@ -101,14 +119,13 @@ def arrivals_of(
     if len(where):
         kind_of = kind_of[where]
         begins, ends = rows[where, BEGIN], rows[where, END]
-        keys = groups[kind_of] << _SEQUENCE_BITS | rows[where, SEQUENCE]
-        meetings = _meet(keys, meta[where] >> 40 & 0xFFFF, ops[kind_of], begins)
-        joined = meetings.order[meetings.met]
-        last_begin = meetings.last_begin[meetings.met]
-        wait[where[joined]] = last_begin - begins[joined]
-        ended = ends[joined]
-        transfer[where[joined]] = np.where(ended, np.maximum(ended - last_begin, 0), -1)
-        is_last[where[joined]] = meetings.is_last[meetings.met]
+        kinds = ops[kind_of] << 16 | meta[where] >> 40 & 0xFFFF
+        meetings = _meet(groups[kind_of], rows[where, SEQUENCE], kinds, begins)
+        met = meetings.met
+        wait[where] = np.where(met, meetings.last_begin - begins, -1)
+        taken = np.maximum(ends - meetings.last_begin, 0)
+        transfer[where] = np.where(met & (ends != 0), taken, -1)
+        is_last[where] = meetings.is_last
     stops = np.cumsum(lengths).tolist()
     parts = [slice(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
     return {
@@ -140,10 +157,9 @@ def _identify(
 class Arriving:
     """Finished collectives as columns, int64 [n]."""
 
-    group: Integers  # its number
+    group: Integers  # its number, the same for all ranks
     sequence: Integers
-    size: Integers  # ranks of the group
-    op: Integers  # its number
+    kind: Integers  # number of the operation << 16 | size of the group
     begin_ns: Integers
     end_ns: Integers
     series: Integers  # handed through, as the next
@@ -205,7 +221,7 @@ class ArrivalJoiner:
     def join(self, arriving: Arriving) -> Joined | None:
         """Take in records and hand out those whose collective is whole now."""
         if self._local_ranks is not None:
-            elsewhere = arriving.size > self._local_ranks
+            elsewhere = arriving.kind & 0xFFFF > self._local_ranks
             if elsewhere.any():
                 self._give_up("other_nodes", int(np.count_nonzero(elsewhere)))
                 arriving = arriving.take(~elsewhere)
@@ -214,19 +230,23 @@ class ArrivalJoiner:
         if not len(arriving):
             return None
         self._newest_ns = max(self._newest_ns, int(arriving.end_ns.max()))
-        keys = arriving.group << _SEQUENCE_BITS | arriving.sequence
-        meetings = _meet(keys, arriving.size, arriving.op, arriving.begin_ns)
-        self._give_up("desync", int(np.count_nonzero(meetings.disagree)))
-        left = meetings.order[~meetings.met & ~meetings.disagree]
-        self._pending = self._patiently(arriving.take(left)) if len(left) else None
-        whole = arriving.take(meetings.order[meetings.met])
-        last_begin = meetings.last_begin[meetings.met]
+        meetings = _meet(arriving.group, arriving.sequence, arriving.kind, arriving.begin_ns)
+        if meetings.met.all():
+            self._pending = None
+            whole, last_begin, is_last = arriving, meetings.last_begin, meetings.is_last
+        else:
+            self._give_up("desync", int(np.count_nonzero(meetings.disagree)))
+            left = np.flatnonzero(~(meetings.met | meetings.disagree))
+            self._pending = self._patiently(arriving.take(left)) if len(left) else None
+            met = np.flatnonzero(meetings.met)
+            whole = arriving.take(met)
+            last_begin, is_last = meetings.last_begin[met], meetings.is_last[met]
         return Joined(
             whole.series,
             last_begin - whole.begin_ns,
             np.maximum(whole.end_ns - last_begin, 0),
             whole.status,
-            meetings.is_last[meetings.met],
+            is_last,
         )
 
     def _patiently(self, waiting: Arriving) -> Arriving | None:
@@ -239,7 +259,7 @@ class ArrivalJoiner:
             if not self._first_ns[group]:
                 self._first_ns[group] = int(waiting.end_ns[of_group].min())
             acquainted = self._newest_ns - self._first_ns[group] > _ACQUAINTANCE_NS
-            some_missing = len(self._members[group]) < int(waiting.size[of_group].max())
+            some_missing = len(self._members[group]) < int(waiting.kind[of_group].max() & 0xFFFF)
             foreign[group] = acquainted and some_missing and all_known
         elsewhere = foreign[waiting.group]
         lost = ~elsewhere & (waiting.end_ns < self._newest_ns - _PATIENCE_NS)

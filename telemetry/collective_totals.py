@@ -18,6 +18,7 @@ from .labels import (
     SIZE_CLASSES,
     CollectiveKey,
     GroupKey,
+    Part,
     bus_factor,
     group_label,
     name_at,
@@ -44,7 +45,6 @@ from .steps import JoinedStep
 
 _CLASSES = len(SIZE_CLASSES)
 _NAME_BITS = (NUM_NAMES - 1).bit_length()
-Part = tuple[int, Rows, Sequence[str]]  # a rank, records of it, its names
 SpanIds = Callable[[int, Rows], npt.NDArray[Any]]  # rank, records: their span ids
 
 
@@ -65,7 +65,7 @@ class _Table:
     def __init__(self) -> None:
         self.sources: list[_Source] = []
         self.size = np.zeros(64, np.int64)
-        self.op = np.zeros(64, np.int64)
+        self.kind = np.zeros(64, np.int64)  # number of the operation << 16 | size
         self.group = np.zeros(64, np.int64)
         self.factor = np.zeros(64, np.float64)
         self.point_to_point = np.zeros(64, np.bool_)
@@ -75,12 +75,13 @@ class _Table:
     def add(self, source: _Source, by_group: int) -> int:
         number = len(self.sources)
         if number == len(self.size):
-            for name in ("size", "op", "group", "factor", "point_to_point", "by_group", "series"):
+            for name in ("size", "kind", "group", "factor", "point_to_point", "by_group", "series"):
                 column = getattr(self, name)
                 setattr(self, name, np.concatenate([column, np.full_like(column, -1)]))
         self.sources.append(source)
         self.size[number] = source.group_size
-        self.op[number], self.group[number] = source.op_number, source.group_number
+        self.kind[number] = source.op_number << 16 | source.group_size
+        self.group[number] = source.group_number
         self.factor[number] = bus_factor(source.op, source.group_size)
         self.point_to_point[number] = is_point_to_point(source.op)
         self.by_group[number] = by_group
@@ -137,33 +138,30 @@ class CollectiveTotals:
         rows: list[int] = np.flatnonzero(counts.max(axis=1, initial=0)).tolist()
         return rows
 
-    def add(self, batch: Sequence[Part]) -> None:
-        """Count COLLECTIVE records, one part a rank."""
-        rows = np.concatenate([rows for _, rows, _ in batch])
-        sources = np.concatenate([self._sources(*part) for part in batch])
+    def add(self, rows: Rows, parts: Sequence[Part]) -> None:
+        """Count COLLECTIVE records of several ranks; `parts` are those of each, in this order."""
+        sources = np.concatenate([self._sources(*part) for part in parts])
         nbytes, status = rows[:, NBYTES], rows[:, AUX] & 0xFF
-        begins, ends = rows[:, BEGIN].copy(), rows[:, END].copy()
-        sequences = rows[:, SEQUENCE].copy()
+        begins, ends = rows[:, BEGIN], rows[:, END]
         series = self._series(sources, nbytes)
         table = self._table
-        np.maximum.at(self._sequence, table.by_group[sources], sequences)
+        np.maximum.at(self._sequence, table.by_group[sources], rows[:, SEQUENCE])
         good = status != ERROR
         if good.all():
             self._count(series, sources, nbytes, ends - begins)
         else:
             self._count(series[good], sources[good], nbytes[good], (ends - begins)[good])
-            self._count_errors(batch)
-        together = ~table.point_to_point[sources]
+            self._count_errors(parts)
         arriving = Arriving(
             table.group[sources],
-            sequences,
-            table.size[sources],
-            table.op[sources],
+            rows[:, SEQUENCE],
+            table.kind[sources],
             begins,
             ends,
             series,
             status,
         )
+        together = ~table.point_to_point[sources]
         self._join(arriving if together.all() else arriving.take(together))
 
     def add_device(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
@@ -203,8 +201,8 @@ class CollectiveTotals:
         np.add.at(self._payload, series, nbytes)
         np.add.at(self._bus, series, nbytes * self._table.factor[sources])
 
-    def _count_errors(self, batch: Sequence[Part]) -> None:
-        for rank, rows, names in batch:
+    def _count_errors(self, parts: Sequence[Part]) -> None:
+        for rank, rows, names in parts:
             failed = rows[rows[:, AUX] & 0xFF == ERROR]
             for meta, aux in failed[:, [META, AUX]].tolist():
                 key = GroupKey(
@@ -235,7 +233,7 @@ class CollectiveTotals:
         if by_names is None:
             # Mostly untouched, so mostly not there: the system gives zero pages on demand.
             by_names = self._by_names[rank] = np.zeros(1 << 2 * _NAME_BITS, np.int64)
-        meta = rows[:, META].copy()
+        meta = rows[:, META]
         mask = NUM_NAMES - 1
         entries = (meta >> 4 & mask) | (meta >> 16 & mask) << _NAME_BITS
         sources: Integers = by_names[entries] - 1

@@ -9,9 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .ring_reader import Rows
+
 # Payloads by size, at most eight classes, powers of four: label and inclusive upper bound.
 SIZE_CLASSES = ("1KiB", "4KiB", "16KiB", "64KiB", "256KiB", "1MiB", "4MiB", "inf")
 _SIZE_BOUNDS = 1024 * 4 ** np.arange(7, dtype=np.int64)
+
+
+Part = tuple[int, Rows, Sequence[str]]  # a rank, records of it, its names
 
 
 class CollectiveKey(NamedTuple):

@@ -157,14 +157,15 @@ def _collectives(snapshot: Snapshot) -> list[Family]:
 
 
 def _steps_and_frames(aggregate: Aggregate) -> list[Family]:
+    steps = aggregate.of_steps
     return [
-        _histograms("onecast_step_duration_seconds", (aggregate.steps, ())),
-        _histograms("onecast_step_phase_seconds", (aggregate.phases, ())),
-        _histograms("onecast_step_exposed_communication_seconds", (aggregate.exposed, ())),
-        _histograms("onecast_frame_bytes", (aggregate.frame_bytes, ())),
-        _histograms("onecast_frame_metadata_bytes", (aggregate.frame_metadata_bytes, ())),
-        _histograms("onecast_frame_seconds", (aggregate.frame_parts, ())),
-        _numbers("onecast_frame_broadcasts_total", aggregate.frame_broadcasts.items()),
+        _histograms("onecast_step_duration_seconds", (steps.durations, ())),
+        _histograms("onecast_step_phase_seconds", (steps.phases, ())),
+        _histograms("onecast_step_exposed_communication_seconds", (steps.exposed, ())),
+        _histograms("onecast_frame_bytes", (steps.frame_bytes, ())),
+        _histograms("onecast_frame_metadata_bytes", (steps.frame_metadata_bytes, ())),
+        _histograms("onecast_frame_seconds", (steps.frame_parts, ())),
+        _numbers("onecast_frame_broadcasts_total", steps.frame_broadcasts.items()),
     ]
 
 

@@ -322,7 +322,7 @@ def test_requests_are_counted_by_why_they_ended(tmp_path: Path) -> None:
     assert totals.requests.durations[0].count == totals.requests.queued[0].count == 3
     first = totals.requests.first_token[0]
     assert (first.count, first.sum) == (2, pytest.approx(0.140))
-    assert totals.frame_metadata_bytes["step", "published", 0].total == 33
+    assert totals.of_steps.frame_metadata_bytes["step", "published", 0].total == 33
 
 
 def test_a_torn_record_that_names_nobody_is_counted_as_unknown() -> None:
