@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 from .gpu_report import Outcome, print_report, read_junit
 
 _ROOT = Path(__file__).resolve().parents[1]
-_BENCHMARKS = ("host", "nccl", "copies")
-_TIMEOUT_S = {"tests": 450.0, "host": 120.0, "nccl": 120.0, "copies": 60.0}
+_TIMEOUT_S = {"tests": 450.0, "host": 120.0, "nccl": 120.0, "copies": 60.0, "telemetry": 120.0}
 _GRACE_S = 10.0  # for a part that is told to end
 _STEPS = 500
 _RANKS = 2  # of the benchmark
@@ -155,9 +154,11 @@ def _run_benchmark(part: str, device: str, steps: int, result: Path) -> Outcome:
         if refusal is not None:
             return Outcome(part, "skipped", refusal)
     limit_s = _TIMEOUT_S[part]
+    module = ("telemetry_gpu",) if part == "telemetry" else ("gpu", part)
     command = [
-        *("-m", "onecast.runtime.bench.gpu", part, f"--device={device}", f"--steps={steps}"),
-        *(f"--json={result}", f"--timeout={limit_s - 20}"),  # the ranks' stacks come before the end
+        *("-m", f"onecast.runtime.bench.{module[0]}", *module[1:]),
+        *(f"--device={device}", f"--steps={steps}", f"--json={result}"),
+        f"--timeout={limit_s - 20}",  # the ranks' stacks come before the end
     ]
     code, seconds, ending = _run(part, command, _ROOT)
     if ending is not None or code != 0 or not result.exists():

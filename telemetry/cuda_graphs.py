@@ -109,8 +109,9 @@ class CaptureLog:
     invalidates a capture in progress.
     """
 
-    def __init__(self, run_dir: str, rank: int, recorder: GraphRecorder) -> None:
-        self.path = graphs_path(run_dir, rank)
+    def __init__(self, path: Path, recorder: GraphRecorder) -> None:
+        """`path`: `graphs_path` of the rank that `recorder` records."""
+        self.path = path
         self.open = 0
         self.lock = threading.Lock()
         self.unknown_replays = 0  # of graphs captured before `instrument`

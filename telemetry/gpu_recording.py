@@ -11,8 +11,8 @@ from .ring import RingWriter
 class GpuRecording:
     """The timer and the log of one rank, for the interception; patches CUDAGraph from now on."""
 
-    def __init__(self, run_dir: str, rank: int, ring: RingWriter) -> None:
-        self.captures = CaptureLog(run_dir, rank, ring)
+    def __init__(self, ring: RingWriter) -> None:
+        self.captures = CaptureLog(ring.path.with_suffix(".graphs"), ring)
         self.timer = CudaDeviceTimer(ring, self.captures)
         self.captures.instrument()
 
@@ -21,14 +21,17 @@ class GpuRecording:
         self.timer.resolve()
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """After `uninstrument`, before the ring closes; waits at most so long for the GPU."""
+        """After `uninstrument`, before the ring closes; waits at most so long for the GPU.
+
+        0, after an error: it does not wait. A forked child only calls `captures.uninstrument`.
+        """
         self.timer.close(timeout_s)
         self.captures.uninstrument()
 
 
-def open_gpu_recording(run_dir: str, rank: int, ring: RingWriter) -> GpuRecording | None:
+def open_gpu_recording(ring: RingWriter) -> GpuRecording | None:
     """None where torch has no CUDA: the interception then has nothing to ask."""
     import torch
 
     # Not is_available(): it would start the driver, which a later fork does not survive.
-    return GpuRecording(run_dir, rank, ring) if torch.version.cuda is not None else None
+    return GpuRecording(ring) if torch.version.cuda is not None else None

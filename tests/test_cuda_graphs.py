@@ -36,7 +36,7 @@ class Fixture:
     def __init__(self, folder):
         self.gpu, self.recorder = FakeCuda(), Recorder()
         self.graph_class = make_graph_class(self.gpu)
-        self.log = CaptureLog(str(folder), 3, self.recorder)
+        self.log = CaptureLog(graphs_path(str(folder), 3), self.recorder)
         self.instrument()
         self.reader = ManifestReader(graphs_path(str(folder), 3))
 
@@ -181,7 +181,7 @@ def test_uninstrument_leaves_the_class_as_it_was(tmp_path):
     gpu = FakeCuda()
     graph_class = make_graph_class(gpu)
     before = dict(graph_class.__dict__)
-    log = CaptureLog(str(tmp_path), 0, Recorder())
+    log = CaptureLog(graphs_path(str(tmp_path), 0), Recorder())
     log.instrument(graph_class, gpu.is_current_stream_capturing)
     assert dict(graph_class.__dict__) != before
     assert graph_class.replay.__doc__ == "Run it." and graph_class.capture_begin.__doc__ == "Begin."
@@ -198,7 +198,7 @@ def test_uninstrument_leaves_the_class_as_it_was(tmp_path):
 def test_logs_on_top_of_each_other_can_leave_in_any_order(tmp_path):
     gpu = FakeCuda()
     graph_class = make_graph_class(gpu)
-    logs = [CaptureLog(str(tmp_path), rank, Recorder()) for rank in range(2)]
+    logs = [CaptureLog(graphs_path(str(tmp_path), rank), Recorder()) for rank in range(2)]
     for log in logs:
         log.instrument(graph_class, gpu.is_current_stream_capturing)
     graph = graph_class()
@@ -226,7 +226,7 @@ def test_records_name_manifests_that_are_there(tmp_path):
     ring = RingWriter(ring_path(str(tmp_path), 0), capacity=64, rank=0)
     gpu = FakeCuda()
     graph_class = make_graph_class(gpu)
-    log = CaptureLog(str(tmp_path), 0, ring)
+    log = CaptureLog(graphs_path(str(tmp_path), 0), ring)
     log.instrument(graph_class, gpu.is_current_stream_capturing)
     graph = graph_class()
     graph.capture_begin()
@@ -242,7 +242,7 @@ def test_records_name_manifests_that_are_there(tmp_path):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_without_cuda_nothing_is_patched(tmp_path):
     before = dict(torch.cuda.CUDAGraph.__dict__)
-    log = CaptureLog(str(tmp_path), 0, Recorder())
+    log = CaptureLog(graphs_path(str(tmp_path), 0), Recorder())
     log.instrument()
     assert dict(torch.cuda.CUDAGraph.__dict__) == before
     log.uninstrument()
@@ -250,7 +250,7 @@ def test_without_cuda_nothing_is_patched(tmp_path):
 
 def test_torchs_own_class_can_be_patched_and_restored(tmp_path):
     before = dict(torch.cuda.CUDAGraph.__dict__)
-    log = CaptureLog(str(tmp_path), 0, Recorder())
+    log = CaptureLog(graphs_path(str(tmp_path), 0), Recorder())
     log.instrument(torch.cuda.CUDAGraph, lambda: False)
     assert torch.cuda.CUDAGraph.__dict__["replay"] is not before["replay"]
     log.uninstrument()

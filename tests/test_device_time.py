@@ -1,15 +1,25 @@
 """Device times of collectives: exact where they are told, never at the cost of the program."""
 
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
+import torch.distributed as dist
+from fake_cuda import FakeCuda, make_graph_class
 
-from onecast.telemetry.cuda_graphs import CaptureLog
+from onecast.comm.testing import run_ranks
+from onecast.runtime.bench import telemetry_gpu
+from onecast.telemetry import CollectiveInstrumentor
+from onecast.telemetry.cuda_graphs import CaptureLog, ManifestReader, graphs_path
+from onecast.telemetry.cuda_streams import DriverStreams
 from onecast.telemetry.device_time import CudaDeviceTimer
-from onecast.telemetry.ring import COLLECTIVE, DEVICE, pack_meta
+from onecast.telemetry.gpu_recording import GpuRecording, open_gpu_recording
+from onecast.telemetry.ring import COLLECTIVE, DEVICE, GRAPH, RingWriter, pack_meta
+from onecast.telemetry.ring_reader import RingReader
+from onecast.telemetry.run_directory import ring_path
 
 META = pack_meta(COLLECTIVE, 3, 4, 5, 2)
 TENSOR = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
@@ -30,7 +40,7 @@ class Recorder:
 class Fixture:
     def __init__(self, pool=64):
         self.gpu, self.recorder, self.coalescing = FakeCuda(), Recorder(), set()
-        self.captures = CaptureLog("/nowhere", 0, self.recorder)
+        self.captures = CaptureLog(Path("/nowhere"), self.recorder)
         self.timer = CudaDeviceTimer(
             self.recorder, self.captures, pool=pool, cuda=self.gpu, coalescing=self.coalescing,
             make_stream=self.gpu.new_stream,
@@ -237,13 +247,14 @@ def test_streams_are_bounded_however_many_groups_come_and_go(fake):
     assert len(fake.gpu.made) == 32
 
 
-def test_threads_may_issue_at_the_same_time(fake):
+def test_threads_may_issue_at_the_same_time():
+    fake = Fixture(pool=5000)
+
     def issue():
         for _ in range(300):
             fake.synchronous(0)
             fake.gpu.now += 10
 
-    fake.timer._pool = 5000
     threads = [threading.Thread(target=issue) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -257,3 +268,116 @@ def test_threads_may_issue_at_the_same_time(fake):
 def test_a_pool_that_holds_nothing_is_refused():
     with pytest.raises(ValueError, match="pool is 0; it must be at least 1"):
         Fixture(pool=0)
+
+
+def test_without_cuda_there_is_nothing_to_record_of_it(tmp_path):
+    ring = RingWriter(ring_path(str(tmp_path), 0), capacity=64, rank=0)
+    recording = open_gpu_recording(ring)
+    assert (recording is None) == (torch.version.cuda is None)
+    recording = recording or GpuRecording(ring)  # harmless where there is none
+    assert recording.timer.issued(None, torch.zeros(1)) is None
+    assert not recording.captures.capturing()
+    recording.resolve()
+    recording.close()
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor of the host that says otherwise."""
+
+    is_cuda = property(lambda self: True)
+
+
+def intercept(rank, folder):
+    gpu = FakeCuda()
+    ring = RingWriter(ring_path(folder, rank), capacity=256, rank=rank)
+    captures = CaptureLog(graphs_path(folder, rank), ring)
+    graph_class = make_graph_class(gpu)
+    captures.instrument(graph_class, gpu.is_current_stream_capturing)
+    timer = CudaDeviceTimer(ring, captures, cuda=gpu, coalescing=())
+    instrumentor = CollectiveInstrumentor()
+    instrumentor.instrument(ring, device_timer=timer, capture_log=captures)
+    tensor = torch.ones(64).as_subclass(OnAGpu)
+    for _ in range(3):
+        dist.all_reduce(tensor)
+    dist.all_reduce(tensor, async_op=True).wait()
+    dist.all_reduce(torch.ones(4))
+    gpu.current.run(0)
+    graph = graph_class()
+    graph.capture_begin()
+    for _ in range(2):
+        dist.all_reduce(tensor)
+    graph.capture_end()
+    graph.replay()
+    timer.close()
+    instrumentor.uninstrument()
+    captures.uninstrument()
+    ring.close()
+    time.sleep(0.01)
+    kinds = [row & 0xF for row in RingReader(ring.path).drain().rows[:, 3].tolist()]
+    return kinds, dict(timer.skipped), ManifestReader(captures.path).get(0)
+
+
+def test_the_interception_tells_the_timer_and_the_log(tmp_path):
+    """Over Gloo, whose operations are over when their wait returns: none of them has an end."""
+    for kinds, skipped, manifest in run_ranks(intercept, 2, str(tmp_path)):
+        assert kinds == [COLLECTIVE] * 5 + [GRAPH]  # and none of what was captured
+        assert skipped == {"over": 4}
+        assert [
+            (one.op, one.group_size, one.dtype, one.nbytes) for one in manifest.collectives
+        ] == [("all_reduce", 2, "float32", 256)] * 2
+
+
+# ---- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CYCLES = 40_000_000  # of a kernel that does nothing else: some 20 ms
+
+
+def time_real_work(rank):
+    recorder = Recorder()
+    timer = CudaDeviceTimer(recorder, CaptureLog(Path("/nowhere"), recorder))
+    tensor = torch.zeros(4, device="cuda")
+    torch.cuda._sleep(1000)
+    torch.cuda.synchronize()
+    mark = timer.issued(object(), tensor)
+    torch.cuda._sleep(CYCLES)
+    timer.finished(mark, None, 7, 5_000, META, 1, 16)
+    timer.resolve()
+    early = list(recorder.rows)
+    torch.cuda.synchronize()
+    timer.resolve()
+    return early, recorder.durations, dict(timer.skipped)
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_real_events_time_real_work_and_nobody_waits():
+    ((early, durations, skipped),) = run_ranks(time_real_work, 1)
+    assert early == [] and skipped == {}
+    assert 5e6 < durations[0] < 500e6
+
+
+def wait_beside_the_default_stream(rank):
+    torch.zeros(4, device="cuda")
+    stream = DriverStreams(torch.cuda).make(0)
+    torch.cuda._sleep(10 * CYCLES)  # on the default stream
+    event = torch.cuda.Event()
+    event.record(stream)
+    event.synchronize()
+    still_busy = not torch.cuda.current_stream(0).query()
+    torch.cuda.synchronize()
+    return still_busy
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_stream_of_the_driver_is_tied_to_no_other():
+    assert run_ranks(wait_beside_the_default_stream, 1) == [True]
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_all_reduces_over_nccl_and_replays_are_timed_and_counted():
+    rows = telemetry_gpu.measure("cuda", 10, 100.0)  # it checks what it counts
+    methods = {row["method"] for row in rows}
+    assert {telemetry_gpu.DEVICE_TIME, telemetry_gpu.REFERENCE, telemetry_gpu.REPLAY} <= methods

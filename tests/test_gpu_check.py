@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from onecast.runtime import cli, gpu_check
-from onecast.runtime.bench import gpu
+from onecast.runtime.bench import gpu, telemetry_gpu
 from onecast.runtime.gpu_report import Outcome, print_report, read_junit
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +70,8 @@ def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_p
     report = json.loads(path.read_text())
     assert report["missing"] == []
     parts = {part["part"]: part for part in report["parts"]}
-    assert [*parts] == ["tests", "host", "nccl", "copies"]
-    assert parts["host"]["state"] == parts["copies"]["state"] == "passed"
+    assert [*parts] == ["tests", "host", "nccl", "copies", "telemetry"]
+    assert {parts[name]["state"] for name in ("host", "copies", "telemetry")} == {"passed"}
     reasons = " ".join(parts["tests"]["skipped"])
     assert "test_process_group_channel: needs the package hypothesis" in reasons
     if not torch.cuda.is_available():
@@ -83,6 +83,9 @@ def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_p
     assert all(row["n"] == 3 and 0 < row["median"] <= row["p99"] for row in parts["host"]["rows"])
     copies = {(row["workload"], row["method"]) for row in parts["copies"]["rows"]}
     assert copies == {(f"{size} bytes", name) for size in gpu.COPY_BYTES for name in gpu.COPIES}
+    issued = {(row["workload"], row["method"]) for row in parts["telemetry"]["rows"]}
+    methods = (telemetry_gpu.NOTHING, telemetry_gpu.RECORDED, telemetry_gpu.TIMED)
+    assert issued == {(size, method) for size in ("16 KiB", "16 MiB") for method in methods}
 
 
 def test_what_is_missing_is_said_first_and_without_a_traceback(machine):
@@ -91,9 +94,11 @@ def test_what_is_missing_is_said_first_and_without_a_traceback(machine):
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     said = lines[: lines.index("==== gpu-check")]
-    assert "MISSING: the package msgspec; without it: no tests, host, nccl, copies" in said
+    assert (
+        "MISSING: the package msgspec; without it: no tests, host, nccl, copies, telemetry" in said
+    )
     assert "MISSING: the package pytest; without it: no tests" in said
-    assert lines[-1] == "gpu-check: FAILED (tests, host, nccl, copies)"
+    assert lines[-1] == "gpu-check: FAILED (tests, host, nccl, copies, telemetry)"
 
 
 def test_torch_that_is_missing_is_said(machine):
@@ -121,7 +126,7 @@ def test_without_a_gpu_nothing_passes(capfd, tmp_path):
     assert cli.main(["gpu-check", "--json", str(path)]) == 1
     out = capfd.readouterr().out
     assert "MISSING: a GPU that torch can use (" in out
-    assert out.splitlines()[-1] == "gpu-check: FAILED (tests, host, nccl, copies)"
+    assert out.splitlines()[-1] == "gpu-check: FAILED (tests, host, nccl, copies, telemetry)"
     assert {part["state"] for part in json.loads(path.read_text())["parts"]} == {"failed"}
 
 

@@ -19,17 +19,17 @@ REPORTED = "reported"
 
 # name: (target, what it is)
 FIGURES: dict[str, tuple[str, str]] = {
-    "record_ns": ("<= 1000", "recording adds to dist.all_reduce"),
+    "record_ns": ("<= 1000", "added to each dist.all_reduce"),
     "all_reduce_ns": (REPORTED, "the same call without"),
-    "step_p50_overhead": ("<= 1.01", "5 ms step, all exported / nothing"),
+    "step_p50_overhead": ("<= 1.01", "5 ms step, exported / without"),
     "step_p99_overhead": ("<= 1.05", "its slowest hundredth"),
-    "naive_step_overhead": (REPORTED, "SDK spans, histograms inline, p50"),
+    "naive_step_overhead": (REPORTED, "SDK spans, histograms inline"),
     "naive_step_p99_overhead": (REPORTED, "its slowest hundredth"),
     "gloo_step_p50_overhead": (REPORTED, "130 real all_reduces over Gloo"),
     "spans_per_core_second": (">= 100000", "joined, built, encoded, posted"),
-    "sidecar_core_share_exporting": ("< 1", "8 ranks, 100 steps/s, every span"),
-    "spans_dropped": ("= 0", "records and spans lost meanwhile"),
-    "sidecar_core_share_metrics_only": ("< 0.05", "8 ranks, 100 steps/s, no spans"),
+    "sidecar_core_share_exporting": ("< 1", "8 ranks, 100 steps/s, spans"),
+    "spans_dropped": ("= 0", "records and spans lost"),
+    "sidecar_core_share_metrics_only": ("< 0.05", "the same, no spans"),
     "coverage": ("= 1", "recorded / issued"),
     "recorded_twice": ("= 0", "collectives with more records"),
     "scrape_ms": ("<= 100", "GET /metrics of 64 ranks"),
