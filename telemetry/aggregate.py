@@ -83,11 +83,15 @@ class Aggregate:
 
     def add(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
         """Take in finished records of one rank, of any kind; `names` may grow, never change."""
-        if len(rows):
-            self._waiting.append((rank, rows, names))
-            self._num_waiting += len(rows)
-            if self._num_waiting >= _BATCH:
-                self._settle()
+        if not len(rows):
+            return
+        # Between two rounds, so that few collectives lack the records of some ranks.
+        if self._num_waiting >= _BATCH and rank == self._waiting[0][0]:
+            self._settle()
+        self._waiting.append((rank, rows, names))
+        self._num_waiting += len(rows)
+        if self._num_waiting >= 2 * _BATCH:
+            self._settle()
 
     def exemplify(
         self,

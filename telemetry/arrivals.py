@@ -231,22 +231,19 @@ class ArrivalJoiner:
             return None
         self._newest_ns = max(self._newest_ns, int(arriving.end_ns.max()))
         meetings = _meet(arriving.group, arriving.sequence, arriving.kind, arriving.begin_ns)
-        if meetings.met.all():
-            self._pending = None
-            whole, last_begin, is_last = arriving, meetings.last_begin, meetings.is_last
-        else:
+        self._pending = None
+        met = slice(None) if meetings.met.all() else np.flatnonzero(meetings.met)
+        if not isinstance(met, slice):
             self._give_up("desync", int(np.count_nonzero(meetings.disagree)))
             left = np.flatnonzero(~(meetings.met | meetings.disagree))
             self._pending = self._patiently(arriving.take(left)) if len(left) else None
-            met = np.flatnonzero(meetings.met)
-            whole = arriving.take(met)
-            last_begin, is_last = meetings.last_begin[met], meetings.is_last[met]
+        last_begin = meetings.last_begin[met]
         return Joined(
-            whole.series,
-            last_begin - whole.begin_ns,
-            np.maximum(whole.end_ns - last_begin, 0),
-            whole.status,
-            is_last,
+            arriving.series[met],
+            last_begin - arriving.begin_ns[met],
+            np.maximum(arriving.end_ns[met] - last_begin, 0),
+            arriving.status[met],
+            meetings.is_last[met],
         )
 
     def _patiently(self, waiting: Arriving) -> Arriving | None:
