@@ -14,14 +14,17 @@ from pathlib import Path
 
 from .errors import TelemetryError
 from .flight_keep import keep
-from .flight_ring import read_ring
+from .flight_ring import RingImage, read_ring
 from .hang_looks import DEAD, process_state
+from .ring import BEGIN, END
 from .run_directory import LOCK, locked, remove_run_dir
 from .sidecar_record import SidecarRecord
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"onecast-(\d+-)?[0-9a-f]{16}")  # as `run_directory` names them
+_LAST = 64  # records looked at for when it was last alive
 _STARTING_S = 60.0  # a rank that has not come by then never will
+_JUST_DIED_NS = 5_000_000_000  # whoever started it may be about to look at it, or to clear it away
 _UNUSED_S = 3600.0  # ranks that agree on a directory before they record may wait for one another
 
 
@@ -56,7 +59,7 @@ def _is_old(path: Path) -> bool:
     changes = [file.lstat().st_mtime for file in path.iterdir() if file.name != LOCK]
     age_s = time.time() - max(changes, default=found.st_mtime)
     try:
-        images = [read_ring(ring, last=1) for ring in path.glob("rank-*.ring")]
+        images = [read_ring(ring, last=_LAST) for ring in path.glob("rank-*.ring")]
     except TelemetryError:
         return False  # of another version, perhaps: nobody knows whose process it is
     if not images:
@@ -64,7 +67,14 @@ def _is_old(path: Path) -> bool:
     expected = max(image.local_world_size for image in images)
     if (len(images) < expected or any(path.glob("rank-*.new"))) and age_s < _STARTING_S:
         return False
-    return all(process_state(image.pid, image.start_time) == DEAD for image in images)
+    if any(process_state(image.pid, image.start_time) != DEAD for image in images):
+        return False
+    return not any(0 <= time.perf_counter_ns() - _latest(image) < _JUST_DIED_NS for image in images)
+
+
+def _latest(image: RingImage) -> int:
+    """perf_counter_ns of the last that a rank recorded; 0 if it never did."""
+    return int(image.rows[:, [BEGIN, END]].max()) if len(image.rows) else 0
 
 
 def _take(path: Path, flight_dir: Path) -> list[Path]:

@@ -1,12 +1,14 @@
 """Real ranks that record to rings in a directory while a test looks at them from outside.
 
 A rank's program is told the run directory, and waits for its test by `wait_for_test` until the test
-says the word by `release`: so a hang ends, and a rank stays, for as long as the test looks.
+says a word by `release`: so a hang ends, and a rank stays, for as long as the test looks.
 """
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from onecast.comm.testing import RankFailed, run_ranks
 from onecast.telemetry import CollectiveInstrumentor, RingReader, RingWriter, make_run_dir
 from onecast.telemetry.hang import RankLook, look_at
 from onecast.telemetry.ring import PHASE, pack_meta
-from onecast.telemetry.run_directory import remove_run_dir, ring_path
+from onecast.telemetry.run_directory import ring_path
 
 _FOR_EVER_S = 60.0
 
@@ -34,6 +36,7 @@ def recording(rank: int, run_dir: str, world_size: int = 2) -> RingWriter:
         engine_id="hanging",
     )
     CollectiveInstrumentor().instrument(ring)
+    _until(lambda: len(list(Path(run_dir).glob("*.ring"))) == world_size, "all rings")
     return ring
 
 
@@ -45,9 +48,17 @@ def phase(ring: RingWriter, name: str) -> Iterator[None]:
 
 
 def wait_for_test(run_dir: str, word: str = "go") -> None:
+    _until(Path(run_dir, word).exists, f"the word {word!r}")
+
+
+def say(run_dir: str, word: str) -> None:
+    Path(run_dir, word).touch()
+
+
+def _until(found: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + _FOR_EVER_S
-    while not Path(run_dir, word).exists():
-        assert time.monotonic() < deadline, "the test did not release the ranks"
+    while not found():
+        assert time.monotonic() < deadline, f"not within {_FOR_EVER_S} s: {what}"
         time.sleep(0.01)
 
 
@@ -74,7 +85,7 @@ class RecordedRanks:
             path = ring_path(self.run_dir, rank)
             if rank not in self._readers and path.exists():
                 self._readers[rank] = RingReader(path)
-        return self._readers
+        return dict(sorted(self._readers.items()))
 
     def looks(self) -> list[RankLook]:
         return [look_at(reader, reader.drain().pending) for reader in self.readers.values()]
@@ -95,7 +106,7 @@ class RecordedRanks:
 
     def release(self, *words: str) -> None:
         for word in words or ("go", "leave"):
-            Path(self.run_dir, word).touch()
+            say(self.run_dir, word)
 
     def join(self) -> None:
         self._thread.join()
@@ -104,7 +115,9 @@ class RecordedRanks:
 @contextlib.contextmanager
 def recorded_ranks(program: Callable[..., Any], world_size: int = 2) -> Iterator[RecordedRanks]:
     """`program(rank, run_dir)` on real ranks. At the end they are released, killed if need be."""
-    run_dir = make_run_dir()
+    # Not in shared memory: the start of any sidecar there clears the runs of the dead away.
+    folder = tempfile.mkdtemp(prefix="onecast-recorded-")
+    run_dir = make_run_dir(f"{folder}/run")
     ranks = RecordedRanks(program, world_size, run_dir)
     try:
         yield ranks
@@ -115,4 +128,4 @@ def recorded_ranks(program: Callable[..., Any], world_size: int = 2) -> Iterator
             with contextlib.suppress(ProcessLookupError):
                 os.kill(reader.pid, signal.SIGKILL)
         ranks.join()
-        remove_run_dir(run_dir)
+        shutil.rmtree(folder)

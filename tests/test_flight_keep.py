@@ -227,6 +227,20 @@ def test_a_run_in_use_stays(parent: Path, tmp_path: Path, sleeper: int) -> None:
     assert len(sweep(tmp_path / "flight", parent)) == 2, "those whose locks were held"
 
 
+def test_a_run_that_died_this_moment_is_left_to_whoever_started_it(
+    parent: Path, tmp_path: Path
+) -> None:
+    run_dir = a_run(parent, ranks=1)
+    ring = WrittenRing(run_dir, 1)
+    now = time.perf_counter_ns()
+    ring.ring.record(now, now, 1, 1, 1, 0)
+    ring.die()
+    assert sweep(tmp_path / "flight", parent) == []
+    for number in range(100):
+        ring.call(number, number + 1, number)  # long ago
+    assert len(sweep(tmp_path / "flight", parent)) == 1
+
+
 def test_a_process_with_the_id_of_a_dead_rank_does_not_save_its_run(
     parent: Path, tmp_path: Path
 ) -> None:

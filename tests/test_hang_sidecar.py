@@ -68,33 +68,39 @@ def _hangs_and_goes_on(rank: int, run_dir: str, flight_dir: str) -> Any:
         dist.all_reduce(tensor)
         if rank == 1:
             with session.phase("kv.swap_in"):
+                Path(flight_dir).with_suffix(".swapping").touch()
                 url = session.metrics_url
                 assert url is not None
                 base = url.removesuffix("/metrics")
                 hangs = _until(lambda: json.loads(_get(f"{base}/hangs.json"))["hangs"], "a hang")
                 found = hangs, _get(url)
+        _until(Path(flight_dir).with_suffix(".swapping").exists, "the phase")
         dist.all_reduce(tensor)
     session.close()
     return found
 
 
-def _kept(flight_dir: str) -> FlightRun:
-    (path,) = _until(lambda: kept_runs(flight_dir), "the kept run")
+def _kept(flight_dir: str, run_dir: str) -> FlightRun:
+    """Not what a sidecar of this test may find of other runs in shared memory."""
+    name = Path(run_dir).name.removeprefix("onecast-")
+    (path,) = _until(
+        lambda: [path for path in kept_runs(flight_dir) if path.name.endswith(name)], "the kept run"
+    )
     return read_run(path)
 
 
 def test_a_hang_is_logged_exported_and_kept_and_the_run_goes_on(
     tmp_path: Path,
 ) -> None:
-    flight_dir = str(tmp_path / "flight")
-    _, (hangs, metrics) = run_ranks(_hangs_and_goes_on, 2, make_run_dir(), flight_dir)
+    flight_dir, run_dir = str(tmp_path / "flight"), make_run_dir()
+    _, (hangs, metrics) = run_ranks(_hangs_and_goes_on, 2, run_dir, flight_dir)
     (hang,) = hangs
     assert hang["text"].startswith("rank 0 waits in all_reduce #2 (default_pg, 16 KiB) for ")
     assert "rank 1 never entered it: last finished #1, now in kv.swap_in for " in hang["text"]
     assert [one["status"] for one in hang["ranks"]] == ["waits", "absent"]
     assert 'onecast_hangs_total{group="default_pg",op="all_reduce"} 1' in metrics
     assert "onecast_desyncs_total{" not in metrics
-    run = _kept(flight_dir)
+    run = _kept(flight_dir, run_dir)
     assert {one.state for one in run.ranks.values()} == {"ended"}
     said = _log(flight_dir).read_text()
     assert said.count("rank 1 never entered it") == 1, "told once"
@@ -121,7 +127,7 @@ def test_what_a_killed_rank_was_in_is_kept(
     flight_dir, run_dir = str(tmp_path / "flight"), make_run_dir()
     with pytest.raises(RankFailed, match="SIGKILL"):
         run_ranks(_dies_in_a_collective, 2, run_dir, flight_dir)
-    run = _kept(flight_dir)
+    run = _kept(flight_dir, run_dir)
     assert run.ranks[1].was_in.startswith("in model.forward > all_reduce #2 (default_pg, 16 KiB)")
     assert run.ranks[0].was_in.startswith("in kv.swap_in")
     assert {one.state for one in run.ranks.values()} == {"dead"}
