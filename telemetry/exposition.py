@@ -24,11 +24,14 @@ TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
+Sample = tuple[tuple[str | int, ...], float]  # label values in the metric's order, and the number
+
+
 class Numbers(NamedTuple):
-    """Samples of a counter or a gauge: label values in the metric's order, and the number."""
+    """Samples of a counter or a gauge."""
 
     metric: Metric
-    samples: Sequence[tuple[tuple[str, ...], float]]
+    samples: Sequence[Sample]
 
 
 class Histograms(NamedTuple):
@@ -81,7 +84,7 @@ class Exposition:
     """Writes families down; keeps the texts of their series. Not for several threads."""
 
     def __init__(self) -> None:
-        self._series: dict[tuple[str, tuple[str, ...]], str] = {}
+        self._series: dict[str, dict[tuple[str | int, ...], str]] = {}  # by metric and labels
         self._histograms: dict[tuple[str, Hashable, tuple[str, ...]], list[str]] = {}
 
     def render(self, families: Iterable[Family], *, openmetrics: bool) -> bytes:
@@ -104,12 +107,12 @@ class Exposition:
         return "".join(chunks).encode()
 
     def _add_numbers(self, chunks: list[str], family: Numbers) -> None:
-        metric, known = family.metric, self._series
+        metric, known = family.metric, self._series.setdefault(family.metric.name, {})
         for values, number in family.samples:
-            start = known.get((metric.name, values))
+            start = known.get(values)
             if start is None:
-                labels = label_text(zip(metric.labels, values, strict=True))
-                start = known[metric.name, values] = f"{metric.name}{labels} "
+                labels = label_text(zip(metric.labels, map(str, values), strict=True))
+                start = known[values] = f"{metric.name}{labels} "
             chunks.append(f"{start}{number_text(number)}\n")
 
     def _add_histograms(self, chunks: list[str], family: Histograms, openmetrics: bool) -> None:

@@ -4,7 +4,7 @@ Owns which total goes into which series of the `catalogue`. Counts nothing itsel
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from .exposition import (
     Family,
     Histograms,
     Numbers,
+    Sample,
     prefers_openmetrics,
 )
 from .histograms import HistogramTable
@@ -96,11 +97,8 @@ def families_of(snapshot: Snapshot) -> list[Family]:
     ]
 
 
-def _numbers(name: str, samples: Any) -> Numbers:
-    return Numbers(
-        CATALOGUE[name],
-        [(tuple(str(part) for part in labels), number) for labels, number in samples],
-    )
+def _numbers(name: str, samples: Iterable[Sample]) -> Numbers:
+    return Numbers(CATALOGUE[name], list(samples))
 
 
 def _histograms(name: str, *parts: tuple[HistogramTable[Any], tuple[str, ...]]) -> Histograms:
@@ -111,7 +109,7 @@ def _collectives(snapshot: Snapshot) -> list[Family]:
     aggregate = snapshot.aggregate
     totals, graphs = aggregate.totals, aggregate.graphs
     durations = totals.durations.freeze()
-    calls: list[tuple[tuple[Any, ...], float]] = [
+    calls: list[Sample] = [
         ((*key, "eager"), count)
         for key, count in zip(durations.keys, durations.cumulative[:, -1].tolist(), strict=True)
     ]
@@ -180,10 +178,10 @@ def _requests(aggregate: Aggregate) -> list[Family]:
 
 
 def _ranks(ranks: list[RankState]) -> list[Family]:
-    up: list[tuple[tuple[Any, ...], float]] = []
-    ages: list[tuple[tuple[Any, ...], float]] = []
-    unrecorded: list[tuple[tuple[Any, ...], float]] = []
-    values: dict[str, list[tuple[tuple[Any, ...], float]]] = {
+    up: list[Sample] = []
+    ages: list[Sample] = []
+    unrecorded: list[Sample] = []
+    values: dict[str, list[Sample]] = {
         f"onecast_{value.metric}{'_total' if value.counter else ''}": [] for value in VALUES
     }
     for state in ranks:

@@ -55,7 +55,7 @@ def _metric(family: Family) -> Any:
         else GaugeMetricFamily(name, text, labels=labels)
     )
     for values, number in family.samples:
-        numbers.add_metric(list(values), number)
+        numbers.add_metric(list(map(str, values)), number)
     return numbers
 
 
