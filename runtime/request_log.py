@@ -23,14 +23,21 @@ class _Times:
 
 
 class RequestLog:
-    """Tells an observer what becomes of requests; an engine without one has no log."""
+    """Tells an observer what becomes of requests; an engine without one has no log.
+
+    A step in which no request begins or ends costs it a look at each sequence.
+    """
 
     def __init__(self, observer: RequestObserver) -> None:
         self._observer = observer
         self._under_way: dict[Request, _Times] = {}
+        self._unscheduled: set[Request] = set()
+        self._without_token: set[Request] = set()
 
     def admitted(self, request: Request) -> None:
         self._under_way[request] = _Times(time.perf_counter_ns())
+        self._unscheduled.add(request)
+        self._without_token.add(request)
         trace = request.trace
         if trace is None:
             self._observer.admitted(request.number)
@@ -39,25 +46,31 @@ class RequestLog:
 
     def scheduled(self, plan: StepPlan) -> None:
         """A step begins."""
-        requests = {entry.sequence.request for entry in plan.scheduled}
-        now_ns = time.perf_counter_ns()
-        for request in requests:
-            times = self._under_way[request]
-            if not times.first_scheduled:
-                times.first_scheduled = now_ns
-        self._observer.scheduled(plan.step, {request.number for request in requests})
+        if self._unscheduled:
+            now_ns = time.perf_counter_ns()
+            for entry in plan.scheduled:
+                request = entry.sequence.request
+                if request in self._unscheduled:
+                    self._unscheduled.remove(request)
+                    self._under_way[request].first_scheduled = now_ns
+        numbers = {entry.sequence.request.number for entry in plan.scheduled}
+        self._observer.scheduled(plan.step, numbers)
 
     def committed(self, plan: StepPlan) -> None:
         """A step is done: tokens have been drawn, sequences may have ended."""
-        now_ns = time.perf_counter_ns()
-        for request in {sequence.request for sequence in plan.samples}:
-            times = self._under_way.get(request)
-            if times is None:
-                continue  # aborted meanwhile
-            if not times.first_token:
-                times.first_token = now_ns
-            if request.finished:
-                self._finish(request, _reason(request))
+        if self._without_token:
+            now_ns = time.perf_counter_ns()
+            for sequence in plan.samples:
+                request = sequence.request
+                if request in self._without_token:
+                    self._without_token.remove(request)
+                    self._under_way[request].first_token = now_ns
+        for sequence in plan.samples:
+            if sequence.finish_reason is not None:
+                request = sequence.request
+                # The last of its choices ends it; several may have ended at once.
+                if request in self._under_way and request.finished:
+                    self._finish(request, _reason(request))
 
     def aborted(self, request: Request) -> None:
         if request in self._under_way:
@@ -70,6 +83,8 @@ class RequestLog:
 
     def _finish(self, request: Request, reason: str, *, error: bool = False) -> None:
         times = self._under_way.pop(request)
+        self._unscheduled.discard(request)
+        self._without_token.discard(request)
         self._observer.finished(
             request.number,
             times.arrival,
