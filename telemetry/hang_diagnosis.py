@@ -28,6 +28,7 @@ _STATE_WORDS = {
     DEAD: "is dead (pid {pid})",
     ENDED: "has ended its recording (pid {pid})",
 }
+_TOGETHER_NS = 1_000_000_000  # ranks that came within it are told as one
 _PLURAL = {"waits": "wait", "is": "are", "has": "have"}
 
 
@@ -124,9 +125,9 @@ def _sentence(
         told.append(disagreement_text(label, case.key[1], _calls(case, views)))
     shown = statuses
     if case.point_to_point:
-        told.append(_who(statuses, ("waits",)))
+        told += _clauses([one for one in statuses if one.rank in case.waiting])
         told.append("whom it waits for is not recorded")
-        shown = [one for one in statuses if one.status != "waits"]
+        shown = [one for one in statuses if one.rank not in case.waiting]
     told += _clauses(shown)
     if unwaited:
         told.append("all of its ranks have entered it, and nobody waits for it")
@@ -145,10 +146,6 @@ def _calls(case: Case, views: Mapping[int, RankView]) -> dict[int, str]:
         dtype = f" of {dtype_text(row, names)}" if case.differs == "dtype" else ""
         calls[rank] = call_text(row, names, group=False) + dtype
     return calls
-
-
-def _who(statuses: Sequence[RankStatus], wanted: Sequence[str]) -> str:
-    return "; ".join(_clauses([one for one in statuses if one.status in wanted]))
 
 
 def _clauses(statuses: Sequence[RankStatus]) -> list[str]:
@@ -193,9 +190,14 @@ def _status(case: Case, view: RankView, now_ns: int, limit_ns: int) -> RankStatu
     if state != RUNNING:
         status = {DEAD: "dead", ENDED: "ended"}.get(state, "stopped")
         words = _STATE_WORDS[state].format(pid=view.look.pid)
-        return _told(view, status, f"{words}: {_progress(case, view, row)}, {place}")
+        # Point-to-point calls have numbers of their own: how far a rank came says nothing there.
+        progress = "" if case.point_to_point else f"{_progress(case, view, row)}, "
+        return _told(view, status, f"{words}: {progress}{place}")
     if rank in case.waiting:
-        age = f"for {seconds_text(now_ns - case.waiting[rank][BEGIN])}"
+        since_ns = case.waiting[rank][BEGIN]
+        if since_ns - case.since_ns < _TOGETHER_NS:
+            since_ns = case.since_ns
+        age = f"for {seconds_text(now_ns - since_ns)}"
         call = call_text(case.waiting[rank], view.look.names)
         if went_on(view, case.waiting[rank], now_ns, limit_ns):
             return _told(view, "waits", f"has {call} in flight {age} and went on, now {place}")

@@ -223,7 +223,8 @@ def test_an_operation_that_nobody_waits_for_is_told_but_is_no_hang() -> None:
     watch = HangWatch(1.0, 2)  # as long may a busy machine keep a rank from recording
     with recorded_ranks(_forgets_to_wait) as ranks:
         (hang,) = _hangs(ranks, watch, lambda hang: hang.kind == "unwaited")
-    assert "ranks 0, 1 have all_reduce #1 (default_pg, 16 B) in flight for " in hang.text
+    assert " all_reduce #1 (default_pg, 16 B) in flight for " in hang.text
+    assert " and went on, now in " in hang.text
     assert hang.text.endswith("all of its ranks have entered it, and nobody waits for it")
     assert not [key for key in watch.totals if key[0] == "desync"]
 
@@ -321,9 +322,11 @@ def test_a_hang_inside_the_backend_is_told_as_one_of_all_ranks(
     (hang,) = diagnose([ring.look() for ring in pair], _now(14), 10 * SECOND)
     assert hang.kind == "hang"
     assert hang.text == (
-        "rank 0 waits in all_reduce #1 (tp, 16 KiB) for 12.0 s; "
-        "rank 1 waits in all_reduce #1 (tp, 16 KiB) for 11.5 s; that is all of its ranks"
+        "ranks 0, 1 wait in all_reduce #1 (tp, 16 KiB) for 12.0 s; that is all of its ranks"
     )
+    (hang,) = diagnose([pair[0].look(), pair[1].look("stopped")], _now(14), 10 * SECOND)
+    assert "rank 0 waits in all_reduce #1 (tp, 16 KiB) for 12.0 s; rank 1 is stopped" in hang.text
+    assert hang.text.count("in it, in all_reduce #1 (tp, 16 KiB) for 11.5 s") == 1
 
 
 def test_a_rank_that_has_finished_what_another_waits_in_is_said_so(
@@ -334,6 +337,17 @@ def test_a_rank_that_has_finished_what_another_waits_in_is_said_so(
     pair[1].phase(4, None, "sample")
     (hang,) = diagnose([ring.look() for ring in pair], _now(14), 10 * SECOND)
     assert hang.text.endswith("rank 1 has finished it, now in sample for 10.0 s")
+
+
+def test_a_peer_that_cannot_send_is_named(pair: tuple[WrittenRing, WrittenRing]) -> None:
+    pair[0].call(2, None, 3, op="recv")
+    pair[1].call(1, 1.5, 9)
+    pair[1].phase(1.6, None, "model.forward")
+    for state, words in (("stopped", "is stopped (SIGSTOP"), ("dead", "is dead (")):
+        (hang,) = diagnose([pair[0].look(), pair[1].look(state)], _now(14), 10 * SECOND)
+        assert hang.text.startswith("rank 0 waits in recv #3 (tp, 16 KiB) for 12.0 s; whom it ")
+        assert f"rank 1 {words}" in hang.text and "#9" not in hang.text
+        assert "in model.forward" in hang.text
 
 
 def test_ranks_on_other_nodes_are_said_to_be_unknown(tmp_path: Path) -> None:
