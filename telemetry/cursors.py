@@ -17,11 +17,13 @@ sidecar is: one process holds the file (flock) as long as it lives. Knows nothin
 import fcntl
 import mmap
 import os
+import time
 from pathlib import Path
 
 from .errors import TelemetryError
 
 _NAME = "sidecar.state"
+_DYING_S = 0.5
 _HALF_WORDS, _SLOT_WORDS, _WORD = 4, 8, 8
 
 
@@ -37,7 +39,7 @@ class Cursors:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._descriptor = os.open(Path(run_dir, _NAME), flags, 0o600)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._acquire()
             os.posix_fallocate(self._descriptor, 0, nbytes)  # else a full tmpfs is a SIGBUS later
             self._words = memoryview(mmap.mmap(self._descriptor, nbytes)).cast("q")
         except BlockingIOError:
@@ -46,6 +48,18 @@ class Cursors:
         except BaseException:
             os.close(self._descriptor)
             raise
+
+    def _acquire(self) -> None:
+        """A killed process holds its files a moment longer than it is alive."""
+        deadline = time.monotonic() + _DYING_S
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def load(self, local_rank: int) -> tuple[int, int | None]:
         """Cursor and cut of the sidecar before, as `RingReader` takes them; 0 and None if none."""
@@ -67,4 +81,5 @@ class Cursors:
         return first, first + _HALF_WORDS
 
     def close(self) -> None:
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # the mapping holds the file too
         os.close(self._descriptor)

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .cursors import Cursors, SidecarBusy
@@ -42,6 +43,10 @@ _logger = logging.getLogger(__name__)
 
 # A rank that has not appeared by then, while all others have ended, never will.
 _STRAGGLER_S = 5.0
+# What died a moment ago is left alone by the first sweep.
+_SWEEPS_S = (0.0, 10.0, 60.0)
+# A killed process holds its port a moment longer than it is alive.
+_DYING_S = 0.5
 # Who waited for the final report of a sidecar that was killed finds the next one within this.
 _FIRST_S = 0.25
 
@@ -63,11 +68,16 @@ def _serve(settings: TelemetrySettings, again_at_port: int | None, node: Node) -
     host, port = settings.metrics_host, settings.metrics_port
     assert port is not None
     if again_at_port is not None:
-        try:
-            return TelemetryServer(host, again_at_port, node)
-        except OSError as error:
-            port = 0
-            _logger.warning("port %d is gone (%s): metrics move", again_at_port, error)
+        port = 0
+        deadline = time.monotonic() + _DYING_S
+        while True:
+            try:
+                return TelemetryServer(host, again_at_port, node)
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    _logger.warning("port %d is gone (%s): metrics move", again_at_port, error)
+                    break
+            time.sleep(0.01)
     try:
         return TelemetryServer(host, port, node)
     except OSError as error:
@@ -152,17 +162,24 @@ class Sidecar:
         self._node.finish()
 
     def _leave(self) -> None:
-        if self._node.has_told_of_hangs and all(reader.closed for reader in self._node.readers.values()):
+        if self._node.has_told_of_hangs and all(
+            reader.closed for reader in self._node.readers.values()
+        ):
             keep(self._run_dir, self._settings.flight_dir, "a collective had hung")
         leave_nothing(self._run_dir, self._settings.flight_dir)
 
     def _sweep(self) -> None:
-        """Runs before this one that ended with everything killed at once."""
-        try:
-            for path in sweep(self._settings.flight_dir):
-                _logger.warning("a former run was killed; its last events: onecast flight %s", path)
-        except OSError as error:
-            _logger.warning("cannot keep what a former run left: %s", error)
+        """Runs before this one, in the same place, that ended with everything killed at once."""
+        place = Path(self._run_dir).parent
+        for pause_s in _SWEEPS_S:
+            time.sleep(pause_s)
+            try:
+                for path in sweep(self._settings.flight_dir, place):
+                    _logger.warning(
+                        "a former run was killed; its last events: onecast flight %s", path
+                    )
+            except OSError as error:
+                _logger.warning("cannot keep what a former run left: %s", error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
