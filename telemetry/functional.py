@@ -170,13 +170,12 @@ class _Kernels:
 
     def _register(self) -> None:
         import torch
-        import torch.distributed._functional_collectives  # registers the operators
 
         make: Any = torch.library.Library
         self._library = make("_c10d_functional", "IMPL")
         kernels = {"wait_tensor": self._wait_tensor()}
         for name, operator in _OPERATORS.items():
-            if hasattr(torch.ops._c10d_functional, name):  # torch versions differ
+            if hasattr(torch.ops._c10d_functional, name):  # all in C++, but torch versions differ
                 kernels[name] = self._collective(name, operator)
         for name, kernel in kernels.items():
             self._library.impl(name, kernel, "BackendSelect", with_keyset=True)

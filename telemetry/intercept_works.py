@@ -32,8 +32,8 @@ _MISSING: Any = object()
 class _Open:
     """An operation, or a batch of them that ends as one."""
 
-    __slots__ = ("begin_ns", "completed_ns", "failure", "mark", "members", "options", "reference",
-                 "ticket", "waited_ns")  # fmt: skip
+    __slots__ = ("begin_ns", "completed_ns", "failure", "followed", "mark", "members", "options",
+                 "over", "reference", "ticket", "waited_ns")  # fmt: skip
 
     def __init__(self, ticket: int, begin_ns: int, options: Any, mark: Any = None) -> None:
         self.reference: weakref.ref[Any] | None = None
@@ -43,6 +43,7 @@ class _Open:
         self.mark = mark
         self.completed_ns = 0
         self.waited_ns = 0  # when somebody began to wait for its future
+        self.followed = self.over = False  # followed: its future will say when it is over
         self.failure = 0  # the aux of a wait that timed out
         self.members: list[tuple[int, int]] = []  # ticket, begin_ns
 
@@ -92,7 +93,8 @@ class OpenWorks:
         def collected(reference: weakref.ref[Any]) -> None:
             if self._others.get(key) is one:
                 del self._others[key]
-                self._dropped(one)
+                if not one.followed:
+                    self._dropped(one)
 
         one.reference = weakref.ref(work, collected)
         self._others[key] = one
@@ -105,12 +107,16 @@ class OpenWorks:
 
     def _take(self, work: Any) -> _Open | None:
         one = self._find(work)
-        return None if one is None else self._others.pop(id(work), None)
+        if one is None:
+            return None
+        self._others.pop(id(work), None)
+        return None if one.over else one
 
     # ---- how they end
 
     def _finish(self, one: _Open, end_ns: int, waited_ns: int) -> None:
         """`waited_ns`: when somebody began to wait for it."""
+        one.over = True
         end_at = self._end_at
         for ticket, begin_ns in ((one.ticket, one.begin_ns), *one.members):
             hidden = waited_ns - begin_ns
@@ -122,6 +128,7 @@ class OpenWorks:
                 self._recorder.end(ticket, OK | hidden << 8)
 
     def _fail(self, one: _Open, aux: int) -> None:
+        one.over = True
         for ticket, _ in ((one.ticket, one.begin_ns), *one.members):
             self._recorder.end(ticket, aux)
         if one.mark is not None:
@@ -138,6 +145,8 @@ class OpenWorks:
     def raised(self, work: Any, one: _Open, error: BaseException) -> None:
         """A wait has raised: the operation has failed, or goes on if that only timed out."""
         aux = ERROR | self._recorder.intern(type(error).__name__) << 8
+        if one.over:
+            return
         if _is_completed(work):
             self._fail(one, aux)
         else:
@@ -154,7 +163,7 @@ class OpenWorks:
             one = take(work)
             if one is None:
                 return original(work, *args, **kwargs)
-            waited_ns = now()
+            one.waited_ns = now()
             try:
                 result = original(work, *args, **kwargs)
             except BaseException as error:
@@ -162,8 +171,8 @@ class OpenWorks:
                 raise
             if one.completed_ns:
                 self._finish(one, one.completed_ns, one.completed_ns)
-            else:
-                self._finish(one, now(), waited_ns)
+            elif not one.over:  # its future may have said so already
+                self._finish(one, now(), one.waited_ns)
             if one.mark is not None:
                 timer.waited(one.mark, work)
             return result
@@ -229,33 +238,42 @@ class OpenWorks:
     def _follow(self, future: Any, key: int, one: _Open) -> None:
         number = id(future)
         self._futures[number] = one
+        one.followed = True
 
         def done(future: Any) -> None:
             if self._futures.get(number) is one:
                 del self._futures[number]
-            if self._others.get(key) is not one:
-                return  # somebody has waited for the Work
-            del self._others[key]
-            try:
-                future.value()
-            except Exception as error:
-                self._fail(one, ERROR | self._recorder.intern(type(error).__name__) << 8)
-            else:
-                now_ns = time.perf_counter_ns()
-                self._finish(one, now_ns, one.waited_ns or now_ns)
-                if one.mark is not None:
-                    self._timer.dropped(one.mark)
+            if self._others.get(key) is one:
+                del self._others[key]
+            self._future_done(one, future)
 
         future.add_done_callback(done)
+
+    def _future_done(self, one: _Open, future: Any) -> None:
+        if one.over:
+            return  # whoever has waited for the Work, or for another of its futures, came first
+        one.over = True
+        try:
+            future.value()
+        except Exception as error:
+            self._fail(one, ERROR | self._recorder.intern(type(error).__name__) << 8)
+        else:
+            now_ns = time.perf_counter_ns()
+            self._finish(one, now_ns, one.waited_ns or now_ns)
+            if one.mark is not None:
+                self._timer.dropped(one.mark)
 
     def wait_for_future(self, original: Callable[..., Any]) -> Callable[..., Any]:
         now, futures = time.perf_counter_ns, self._futures
 
         def wait(future: Any) -> Any:
             one = futures.get(id(future))
-            if one is not None and not one.waited_ns:
-                one.waited_ns = now()
-            return original(future)
+            if one is None:
+                return original(future)
+            one.waited_ns = one.waited_ns or now()
+            result = original(future)
+            self._future_done(one, future)
+            return result
 
         return wait
 

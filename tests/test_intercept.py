@@ -1,6 +1,7 @@
 """Interception: every collective is recorded once, and nothing of torch stays changed."""
 
 import collections
+import importlib
 import time
 from typing import Any
 
@@ -58,25 +59,48 @@ class Recording:
         self.instrumentor.uninstrument()
 
 
-def _dictionaries() -> list[dict[str, Any]]:
-    from torch._C._distributed_c10d import Backend, Work
-    from torch.distributed import ProcessGroup
+def _state_of_torch() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The classes and modules that are patched, entry by entry, and the dispatcher's kernels."""
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import Backend, Reducer, Work
+    from torch.distributed import ProcessGroup, distributed_c10d
 
-    return [dict(owner.__dict__) for owner in (ProcessGroup, Backend, Work)]
+    owners: list[Any] = [ProcessGroup, Backend, Work, Reducer, torch._C.Future]
+    modules = [  # without what other modules they import in time
+        {name: entry for name, entry in module.__dict__.items() if callable(entry)}
+        for module in (dist, distributed_c10d)
+    ]
+    operators = [
+        name
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(("_c10d_functional", "c10d::"))
+    ]
+    kernels = {
+        name: torch._C._dispatch_dump(name) + torch._C._dispatch_dump_table(name)
+        for name in operators
+    }
+    return [dict(owner.__dict__) for owner in owners] + modules, kernels
 
 
 def test_instrument_and_uninstrument_leave_torch_as_it_was() -> None:
-    before = _dictionaries()
+
+    importlib.import_module("torch.distributed._functional_collectives")  # registers kernels
+    before, kernels = _state_of_torch()
     recording = Recording(0)
-    changed = _dictionaries()
+    changed, changed_kernels = _state_of_torch()
     assert changed[0]["allreduce"] is not before[0]["allreduce"]
     assert changed[2]["wait"] is not before[2]["wait"]
     assert changed[0]["allreduce"].__name__ == "allreduce"
+    assert {name for name in kernels if kernels[name] != changed_kernels[name]} >= {
+        "_c10d_functional::all_reduce", "_c10d_functional::wait_tensor"
+    }  # fmt: skip
     recording.close()
-    after = _dictionaries()
+    after, kernels_after = _state_of_torch()
     for old, new in zip(before, after, strict=True):
         assert list(old) == list(new)
         assert all(old[name] is new[name] for name in old)
+    assert kernels == kernels_after
     with pytest.raises(ValueError, match="already active"):
         _instrument_twice()
 
@@ -90,7 +114,7 @@ def _instrument_twice() -> None:
 
 
 def test_two_instrumentors_may_end_in_either_order() -> None:
-    before = _dictionaries()
+    before, kernels = _state_of_torch()
     first, second = Recording(0), Recording(1)
     first.close()  # beneath the second one
     second.close()
@@ -100,8 +124,9 @@ def test_two_instrumentors_may_end_in_either_order() -> None:
     inner, outer = Recording(0), Recording(1)
     outer.close()
     inner.close()
-    after = _dictionaries()
+    after, kernels_after = _state_of_torch()
     assert [list(part) for part in before] == [list(part) for part in after]
+    assert kernels == kernels_after
 
 
 def _all_collectives(rank: int) -> Seen:
@@ -306,24 +331,151 @@ def test_an_operation_ends_when_it_has_been_waited_for_or_dropped() -> None:
         assert hidden[3] == took[3]
 
 
-def _functional(rank: int) -> tuple[Seen, int]:
+def _past_every_method(rank: int) -> list[tuple[int, int]]:
+    import torch
+    from torch.distributed import ProcessGroup, distributed_c10d
+
+    past = ProcessGroup.allreduce  # as C++ calls it
+    recording = Recording(rank)
+    group = distributed_c10d._get_default_group()
+    found = []
+    for number in (0, 3, 1):
+        group.allreduce([torch.ones(4)]).wait()
+        for _ in range(number):
+            past(group, [torch.ones(4)]).wait()
+        found.append((sum(map(len, recording.seen().values())), recording.unrecorded()))
+    recording.instrumentor.sample_coverage(at_most_every_s=60)
+    past(group, [torch.ones(4)]).wait()
+    recording.instrumentor.sample_coverage(at_most_every_s=60)
+    assert sum(recording.reader.coverage) == 4, "not so soon again"
+    recording.close()
+    assert sum(recording.reader.coverage) == 5, "at the end at the latest"
+    return found
+
+
+def test_what_cannot_be_seen_is_counted() -> None:
+    assert run_ranks(_past_every_method, 2) == [[(1, 0), (1, 3), (1, 4)]] * 2
+
+
+def _recorder_comes_later(rank: int) -> tuple[Seen, int, list[int]]:
     import torch
     import torch.distributed as dist
     import torch.distributed._functional_collectives as functional
 
-    recording = Recording(rank)
-    dist.all_reduce(torch.ones(4))
+    run_dir = make_run_dir()
+    ring = RingWriter(ring_path(run_dir, rank), capacity=64, rank=rank)
+    reader = RingReader(ring.path)
+    remove_run_dir(run_dir)
+    asked = 0
+
+    def factory() -> RingWriter | None:
+        nonlocal asked
+        asked += 1
+        dist.barrier()  # what it calls itself does not ask again
+        return ring if asked == 2 else None
+
+    before = _state_of_torch()
+    instrumentor = CollectiveInstrumentor()
+    instrumentor.instrument(factory)
+    counts = [asked]
+    for _ in range(2):
+        dist.all_reduce(torch.ones(4))
+        counts.append(asked)
+    named = dist.new_group([0, 1], group_desc="tp")
+    functional.all_reduce(torch.ones(4), "sum", named).numpy()
+    counts.append(asked)
+    dist.all_reduce(torch.ones(8), group=named)
+    dist.broadcast(torch.ones(4), 0)
+    counts.append(asked)
+    recording = Recording.__new__(Recording)
+    recording.reader, recording.instrumentor = reader, instrumentor
+    seen, unrecorded = recording.seen(), recording.unrecorded()
+    instrumentor.uninstrument()
+    after = _state_of_torch()
+    for old, new in zip(before[0], after[0], strict=True):
+        assert [name for name in old if old[name] is not new[name]] == []
+    assert before[1] == after[1]
+    return seen, unrecorded, counts
+
+
+def test_a_recorder_may_come_with_a_later_group() -> None:
+    f = "float32"
+    for seen, unrecorded, counts in run_ranks(_recorder_comes_later, 2):
+        assert counts == [0, 1, 1, 2, 2]
+        assert seen == {
+            ("all_reduce", "tp"): [(1, 16, f, 0), (2, 32, f, 0)],
+            ("broadcast", "default_pg"): [(1, 16, f, 0)],
+        }
+        assert unrecorded == 0
+
+
+class _CoalescingGroup:
+    """What NCCL does with a batch: operations return nothing to wait for, its end does."""
+
+    group_name, group_desc = "7", "pipeline"
+
+    def __init__(self) -> None:
+        self.sequence = 0
+
+    def size(self) -> int:
+        return 4
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self.sequence
+
+
+def test_operations_of_a_batch_end_with_the_batch() -> None:
+    import torch
+    from torch._C._distributed_c10d import Work
+
+    from onecast.telemetry.intercept_calls import Calls, Method
+
+    recording = Recording(0)
+    recording.close()
+    calls, group, work = Calls(recording.ring), _CoalescingGroup(), Work()
+
+    def end_coalescing(group: Any) -> Work:
+        group.sequence += 1
+        return work
+
+    start = calls.start_coalescing(lambda group: None)
+    send = calls.method(lambda *_: None, Method("send", 0, False), False)
+    recv = calls.method(lambda *_: None, Method("recv", 0, False), False)
+    end = calls.end_coalescing(end_coalescing)
+    wait = calls.works.wait(lambda work: True)
     for _ in range(3):
-        functional.all_reduce(torch.ones(4), "sum", dist.group.WORLD).numpy()
-    result = recording.seen(), recording.unrecorded()
+        start(group)
+        send(group, [torch.ones(4)], 1, 0)
+        recv(group, [torch.ones(8)], 1, 0)
+        assert recording.rows() == []
+        assert end(group) is work
+        assert recording.rows() == [], "its end only issues them"
+        wait(work)
+        assert [(row[layout.NBYTES], row[layout.AUX] & 0xFF) for row in recording.rows()] == [
+            (16, layout.OK), (32, layout.OK)
+        ]  # fmt: skip
+
+
+def _fake_group(rank: int) -> tuple[Seen, list[Any]]:
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
+
+    group = dist.new_group([0, 1], backend="fake")
+    recording = Recording(rank)
+    for _ in range(3):
+        dist.all_reduce(torch.ones(4), group=group)
+    recording.instrumentor.sample_coverage()
+    result = recording.seen(), [one for one in recording.instrumentor.coverage() if one.issued]
     recording.close()
     return result
 
 
-def test_what_cannot_be_seen_is_counted() -> None:
-    for seen, unrecorded in run_ranks(_functional, 2):
-        recorded = sum(map(len, seen.values()))
-        assert recorded + unrecorded == 4
+def test_a_backend_without_sequence_numbers_is_recorded_too() -> None:
+    for seen, coverage in run_ranks(_fake_group, 2):
+        ((_, found),) = seen.items()
+        assert [(number, nbytes) for number, nbytes, *_ in found] == [(1, 16), (2, 16), (3, 16)]
+        assert coverage == []
 
 
 def test_bus_bytes_follow_nccl_tests() -> None:
