@@ -12,15 +12,13 @@ cut there and says so. A frame is no span: the phase that carried it has its num
 perf_counter_ns until `clock_offset_ns` is added.
 
 All operations of a rank are placed at once, in many steps together; only phases, few beside the
-collectives, are walked one by one. What holds a record is a *node*: a worker.step or a phase.
+collectives, are walked one by one (`span_nodes`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from .aggregate import unpack_frames
 from .kept_step import MAX_VALUE, KeptStep
@@ -42,12 +40,11 @@ from .ring import (
     pack_meta,
 )
 from .ring_reader import Rows
+from .span_nodes import Nodes, workers_of
 from .span_shapes import CUT, META_MASK, RECEIVED, SENT, SIZED, WAITED, name_at
 from .span_shapes import UNWAITED as NOT_WAITED_FOR
 from .span_table import NEVER_ENDED, NO_ERROR, RankSpans, SpanTable
 from .spans import Attribute, Span, Words, child_span_ids, engine_span_id, worker_span_id
-
-Flags = npt.NDArray[np.bool_]
 
 _FOREVER = (1 << 63) - 1
 
@@ -108,7 +105,7 @@ class SpanBuilder:
         rows = np.concatenate(parts)
         lane = np.repeat(np.arange(len(steps)), lengths)
         kinds = rows[:, META] & 0xF
-        workers = _workers(rows, kinds, lane, np.cumsum([0, *lengths[:-1]]))
+        workers = workers_of(rows, kinds, lane, np.cumsum([0, *lengths[:-1]]))
         worker_ids = np.array(
             [worker_span_id(self._engine_id, kept.step, rank) for kept in steps], np.uint64
         )
@@ -121,7 +118,7 @@ class SpanBuilder:
         order = np.lexsort((-ends, rows[chosen, BEGIN], lane[chosen]))
         chosen = chosen[order]
         inner, inner_lane, inner_kind = rows[chosen], lane[chosen], kinds[chosen]
-        nodes = _Nodes(workers, inner[inner_kind == PHASE], inner_lane[inner_kind == PHASE])
+        nodes = Nodes(workers, inner[inner_kind == PHASE], inner_lane[inner_kind == PHASE])
         parent = nodes.hold(inner[:, BEGIN], inner_lane, inner_kind == PHASE)
 
         is_frame = inner_kind == FRAME
@@ -178,80 +175,8 @@ class SpanBuilder:
         )
 
 
-class _Workers(NamedTuple):
-    """The worker.step of each lane; int64 [lanes]."""
-
-    start: Words
-    end: Words
-    size: Words  # of the batch; -1: not known
-    error: Words
-
-
-def _workers(rows: Rows, kinds: Words, lane: Words, first_rows: Words) -> _Workers:
-    start = np.minimum.reduceat(rows[:, BEGIN], first_rows)
-    end = np.maximum.reduceat(np.maximum(rows[:, BEGIN], rows[:, END]), first_rows)
-    size = np.full(len(start), -1, np.int64)
-    error = np.full(len(start), NEVER_ENDED, np.int64)
-    found = np.flatnonzero(kinds == STEP_KIND)
-    start[lane[found]] = rows[found, BEGIN]
-    size[lane[found]] = rows[found, NBYTES]
-    found = found[rows[found, END] != 0]
-    end[lane[found]] = rows[found, END]
-    status = rows[found, AUX]
-    error[lane[found]] = np.where(status & 0xFF == ERROR, status >> 8, NO_ERROR)
-    return _Workers(start, end, size, error)
-
-
-class _Nodes:
-    """What holds records: the worker.step of every lane, then all phases in the order of lanes."""
-
-    def __init__(self, workers: _Workers, phases: Rows, lanes: Words) -> None:
-        num_workers = len(workers.start)
-        starts, ends = workers.start.tolist(), workers.end.tolist()
-        parents = list(range(num_workers))
-        stack = [0]
-        for begin, end, lane in zip(
-            phases[:, BEGIN].tolist(), phases[:, END].tolist(), lanes.tolist(), strict=True
-        ):
-            if stack[0] != lane:
-                stack = [lane]
-            while len(stack) > 1 and begin >= ends[stack[-1]]:
-                stack.pop()
-            parent = stack[-1]
-            start = min(max(begin, starts[parent]), ends[parent])
-            stack.append(len(starts))
-            parents.append(parent)
-            starts.append(start)
-            ends.append(max(start, min(end or ends[parent], ends[parent])))
-        self._num_workers = num_workers
-        self._phase_lane = np.concatenate([lanes, np.full(1, -1)])  # -1: before the first phase
-        self._parent = np.array(parents, np.int64)
-        self._start = np.array(starts, np.int64)
-        self._end = np.array(ends, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._start)
-
-    def hold(self, begins: Words, lanes: Words, is_phase: Flags) -> Words:
-        """The innermost node around each record; records in order, phases among them."""
-        before = np.cumsum(is_phase) - 1 - is_phase  # the last phase that began before
-        node = np.where(self._phase_lane[before] == lanes, before + self._num_workers, lanes)
-        while True:
-            over = np.flatnonzero((node >= self._num_workers) & (begins >= self._end[node]))
-            if not len(over):
-                return node
-            node[over] = self._parent[node[over]]
-
-    def clip(self, begins: Words, ends: Words, node: Words) -> tuple[Words, Words, Words]:
-        """Start and end inside their nodes, and by how much the end was cut."""
-        first, last = self._start[node], self._end[node]
-        starts = np.minimum(np.maximum(begins, first), last)
-        stops = np.maximum(starts, np.where(ends == 0, last, np.minimum(ends, last)))
-        return starts, stops, np.maximum(ends - last, 0)
-
-
 def _frames(
-    rows: Rows, parent: Words, nodes: _Nodes, names: Sequence[str]
+    rows: Rows, parent: Words, nodes: Nodes, names: Sequence[str]
 ) -> tuple[Words, Words, Words]:
     """The numbers of the frames; of each node the row of its last one or -1, and a shape's flag."""
     nbytes, metadata, broadcasts, last = unpack_frames(rows)
