@@ -39,6 +39,7 @@ from .ring import (
     LAST_OF_STEP,
     META,
     OK,
+    RECORD_WORDS,
     REQUEST,
     STEP_KIND,
     clock_offset_ns,
@@ -75,6 +76,7 @@ class Aggregate:
     def __init__(self, local_ranks: int | None = None, run_dir: str | None = None) -> None:
         self._waiting: list[Part] = []
         self._num_waiting = 0
+        self._room, self._more_room = _Room(), _Room()
         self._clock_offset_ns = clock_offset_ns()
         self._collectives = CollectiveTotals(local_ranks)
         self._requests = RequestTotals()
@@ -260,13 +262,16 @@ class Aggregate:
     def _count(self, by_rank: Mapping[int, tuple[list[Rows], Sequence[str]]]) -> None:
         # Column by column in memory: each is read several times, most records in one go.
         pieces = [rows.T for parts, _ in by_rank.values() for rows in parts]
-        columns = np.concatenate(pieces, axis=1)
+        number = sum(piece.shape[1] for piece in pieces)
+        columns = np.concatenate(pieces, axis=1, out=self._room.of(number))
         lengths = [sum(map(len, parts)) for parts, _ in by_rank.values()]
         stops = np.cumsum(lengths)
         chosen = columns[META] & 0xF == COLLECTIVE
 
         def split(where: Integers) -> tuple[Rows, list[Part]]:
-            rows: Rows = np.take(columns, where, axis=1).T
+            rows: Rows = np.take(
+                columns, where, axis=1, out=self._more_room.of(len(where)), mode="clip"
+            ).T
             ends = np.searchsorted(where, stops).tolist()
             cuts = zip([0, *ends], ends, by_rank.items(), strict=False)
             parts = [(rank, rows[a:b], names) for a, b, (rank, (_, names)) in cuts if a < b]
@@ -284,6 +289,22 @@ class Aggregate:
                 self._collectives.add_device(rank, rows[kinds == DEVICE], names)
                 self._requests.add(rank, rows[kinds == REQUEST], names)
                 self._graphs.add(rank, rows[kinds == GRAPH])
+
+
+class _Room:
+    """Memory for columns that is used again: fresh pages cost more than what is put into them.
+
+    Whoever keeps something of a batch beyond it makes a copy.
+    """
+
+    def __init__(self) -> None:
+        self._columns = np.empty((RECORD_WORDS, 0), np.int64)
+
+    def of(self, number: int) -> Integers:
+        """int64 [8, number], with anything in it."""
+        if number > self._columns.shape[1]:
+            self._columns = np.empty((RECORD_WORDS, number + number // 4), np.int64)
+        return self._columns[:, :number]
 
 
 def oldest_in_flight(
