@@ -15,6 +15,7 @@ from .auto_hook import say
 from .auto_identity import Identity
 from .auto_steps import CollectiveTurns, OptimizerTurns, StepClock, Turns
 from .current import current_session, opened_for_others
+from .ddp_hook import hook_ddp, unhook_ddp
 from .intercept import Recorder
 from .ring import RingWriter
 from .run_directory import shared_run_dir
@@ -39,6 +40,7 @@ class AutomaticSession:
             return counting[0]
 
         self._pid = os.getpid()
+        self._ddp_hook = settings.ddp_hook
         self._session = session = start_session(
             rank=identity.rank,
             local_rank=identity.local_rank,
@@ -55,6 +57,8 @@ class AutomaticSession:
         self._ended = threading.Event()
         if session.recording:
             opened_for_others(session)
+            if self._ddp_hook:
+                hook_ddp()
             if rule == "optimizer":
                 self._turns = OptimizerTurns(session.phase("optimizer.step"))
             elif rule == "collectives":
@@ -77,6 +81,9 @@ class AutomaticSession:
         atexit.unregister(self._at_exit)
         self._ended.set()
         self._stop_steps()
+        if self._ddp_hook:
+            self._ddp_hook = False
+            unhook_ddp()
         self._session.close(wait=wait)
 
     def _stop_steps(self) -> None:

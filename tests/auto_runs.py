@@ -94,17 +94,12 @@ class Program:
                     found[tuple(sample.labels.get(label, "") for label in labels)] += sample.value
         return dict(found)
 
-    def await_counts(self, wanted: Counts, *, others: bool = False) -> None:
-        """Wait until ranks have just so many collectives; `others`: of these ops at least."""
+    def await_counts(self, wanted: Counts) -> None:
+        """Wait until the ranks have just so many collectives of each operation."""
         deadline = time.monotonic() + 10
-
-        def found() -> Counts:
-            counts = self.counts("op", "rank")
-            return {key: counts[key] for key in counts if key in wanted or not others}
-
-        while found() != wanted and time.monotonic() < deadline:
+        while (found := self.counts("op", "rank")) != wanted and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert found() == wanted
+        assert found == wanted, f"{found} is not {wanted}"
 
 
 Counts = dict[tuple[str, ...], float]
