@@ -147,12 +147,12 @@ class CollectiveInstrumentor:
         calls = self._calls
         if calls is None:
             return
+        calls.works.flush()
         if at_most_every_s:
             now_s = time.monotonic()
             if now_s < self._next_sample_s:
                 return
             self._next_sample_s = now_s + at_most_every_s
-        calls.works.flush()
         calls.groups.publish()
 
     def coverage(self) -> list[Coverage]:

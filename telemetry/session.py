@@ -8,6 +8,7 @@ what was recorded. How a rank comes into the run directory is in `joining`.
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from .unrecorded import null_ring, tell_once
 from .values import VALUE_INDEX, VALUES
 
 _logger = logging.getLogger(__name__)
+
+_COVERAGE_S = 0.1  # between two looks at what went by unrecorded; close takes the last one
 
 
 class Session:
@@ -58,7 +61,7 @@ class Session:
         self._phases: dict[str, PhaseScope] = {}
         self._explicit = ExplicitCollectives(ring)
         self._instrumentor = CollectiveInstrumentor()
-        self._step = StepScope(ring, self._instrumentor.sample_coverage)
+        self._step = StepScope(ring, partial(self._instrumentor.sample_coverage, _COVERAGE_S))
         self._pid = os.getpid()
         self._closed = False
         self._last_report: dict[str, Any] | None = None
