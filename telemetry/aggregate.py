@@ -1,9 +1,9 @@
 """What the records add up to: histograms and totals of one node's ranks.
 
-Owns the batching. The series are in `collective_totals`, `step_totals`, `request_totals` and
-`graph_totals`. `add` only keeps the records: they are counted thousands at a time, because a few
-passes of numpy cost the same for ten records as for a thousand, and in any case before something
-is read. Knows neither Prometheus nor traces.
+Owns what belongs together and when it is counted. The series are in `collective_totals`,
+`step_totals`, `request_totals` and `graph_totals`. `add` only keeps the records (`batches`): they
+are counted thousands at a time, because a few passes of numpy cost the same for ten records as for
+a thousand, and in any case before something is read. Knows neither Prometheus nor traces.
 """
 
 from collections import defaultdict
@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from .batches import Batch
 from .collective_totals import CollectiveTotals, SpanIds
 from .graph_totals import GraphTotals
 from .histograms import (
     Histogram,
-    Integers,
     merged_quantile,
 )
 from .labels import (
@@ -39,7 +39,6 @@ from .ring import (
     LAST_OF_STEP,
     META,
     OK,
-    RECORD_WORDS,
     REQUEST,
     STEP_KIND,
     clock_offset_ns,
@@ -63,8 +62,6 @@ __all__ = [
     "unpack_frames",
 ]
 
-_BATCH = 32768  # records; 2 MiB
-
 
 class Aggregate:
     """Totals since the start. Failed operations count as errors, not as durations.
@@ -74,9 +71,7 @@ class Aggregate:
     """
 
     def __init__(self, local_ranks: int | None = None, run_dir: str | None = None) -> None:
-        self._waiting: list[Part] = []
-        self._num_waiting = 0
-        self._room, self._more_room = _Room(), _Room()
+        self._batch = Batch()
         self._clock_offset_ns = clock_offset_ns()
         self._collectives = CollectiveTotals(local_ranks)
         self._requests = RequestTotals()
@@ -85,15 +80,10 @@ class Aggregate:
 
     def add(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
         """Take in finished records of one rank, of any kind; `names` may grow, never change."""
-        if not len(rows):
-            return
-        # Between two rounds, so that few collectives lack the records of some ranks.
-        if self._num_waiting >= _BATCH and rank == self._waiting[0][0]:
-            self._settle()
-        self._waiting.append((rank, rows, names))
-        self._num_waiting += len(rows)
-        if self._num_waiting >= 2 * _BATCH:
-            self._settle()
+        if len(rows):
+            if self._batch.full_before(rank):
+                self._settle()
+            self._batch.add(rank, rows, names)
 
     def exemplify(
         self,
@@ -250,61 +240,24 @@ class Aggregate:
 
     def _settle(self) -> None:
         """Count everything that was added."""
-        if self._waiting:
-            by_rank: dict[int, tuple[list[Rows], Sequence[str]]] = {}
-            for rank, rows, names in self._waiting:
-                by_rank.setdefault(rank, ([], names))[0].append(rows)
-            self._waiting, self._num_waiting = [], 0
-            self._count(by_rank)
+        if self._batch:
+            collectives, others = self._batch.take()
+            if collectives.parts:
+                self._collectives.add(*collectives)
+                self._steps.add_collectives(collectives.parts)
+            if others.parts:
+                self._steps.add(*others)
+                self._add_rare(others.parts)
         if self._graphs.unknown:
             self._graphs.resolve()
 
-    def _count(self, by_rank: Mapping[int, tuple[list[Rows], Sequence[str]]]) -> None:
-        # Column by column in memory: each is read several times, most records in one go.
-        pieces = [rows.T for parts, _ in by_rank.values() for rows in parts]
-        number = sum(piece.shape[1] for piece in pieces)
-        columns = np.concatenate(pieces, axis=1, out=self._room.of(number))
-        lengths = [sum(map(len, parts)) for parts, _ in by_rank.values()]
-        stops = np.cumsum(lengths)
-        chosen = columns[META] & 0xF == COLLECTIVE
-
-        def split(where: Integers) -> tuple[Rows, list[Part]]:
-            rows: Rows = np.take(
-                columns, where, axis=1, out=self._more_room.of(len(where)), mode="clip"
-            ).T
-            ends = np.searchsorted(where, stops).tolist()
-            cuts = zip([0, *ends], ends, by_rank.items(), strict=False)
-            parts = [(rank, rows[a:b], names) for a, b, (rank, (_, names)) in cuts if a < b]
-            return rows, parts
-
-        collectives, parts = split(np.flatnonzero(chosen))
-        if parts:
-            self._collectives.add(collectives, parts)
-            self._steps.add_collectives(parts)
-        others, parts = split(np.flatnonzero(~chosen))
-        self._steps.add(others, parts)
+    def _add_rare(self, parts: Sequence[Part]) -> None:
         for rank, rows, names in parts:
             kinds = rows[:, META] & 0xF
-            if kinds.max() > LAST_OF_STEP:  # the rare ones
+            if kinds.max() > LAST_OF_STEP:
                 self._collectives.add_device(rank, rows[kinds == DEVICE], names)
                 self._requests.add(rank, rows[kinds == REQUEST], names)
                 self._graphs.add(rank, rows[kinds == GRAPH])
-
-
-class _Room:
-    """Memory for columns that is used again: fresh pages cost more than what is put into them.
-
-    Whoever keeps something of a batch beyond it makes a copy.
-    """
-
-    def __init__(self) -> None:
-        self._columns = np.empty((RECORD_WORDS, 0), np.int64)
-
-    def of(self, number: int) -> Integers:
-        """int64 [8, number], with anything in it."""
-        if number > self._columns.shape[1]:
-            self._columns = np.empty((RECORD_WORDS, number + number // 4), np.int64)
-        return self._columns[:, :number]
 
 
 def oldest_in_flight(

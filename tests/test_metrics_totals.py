@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from metric_rows import Names, collective, record, rows
 
-from onecast.telemetry import RingProbe, RingReader, RingWriter, aggregate
+from onecast.telemetry import RingProbe, RingReader, RingWriter, batches
 from onecast.telemetry.aggregate import Aggregate, CollectiveKey, GroupKey
 from onecast.telemetry.cuda_graphs import graphs_path
 from onecast.telemetry.exposed import union_lengths
@@ -143,7 +143,7 @@ def test_batches_of_any_size_count_the_same_as_a_plain_loop(
     whole = Aggregate(local_ranks=1)
     whole.add(0, rows(records), names)
     pieces = Aggregate(local_ranks=1)
-    monkeypatch.setattr(aggregate, "_BATCH", 50)
+    monkeypatch.setattr(batches, "_BATCH", 50)
     generator = random.Random(seed)
     start = 0
     while start < len(records):
