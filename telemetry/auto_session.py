@@ -23,7 +23,7 @@ from .session import start_session
 from .settings import TelemetrySettings
 
 CLOSE_TIMEOUT_S = 5.0  # what the end of a program may be late, at most
-_LOOK_AGAIN_S = 5.0
+_LOOK_AGAIN_S = 2.0
 
 
 class AutomaticSession:
@@ -40,7 +40,6 @@ class AutomaticSession:
             return counting[0]
 
         self._pid = os.getpid()
-        self._ddp_hook = settings.ddp_hook
         self._session = session = start_session(
             rank=identity.rank,
             local_rank=identity.local_rank,
@@ -52,6 +51,7 @@ class AutomaticSession:
             recorder=recorder,
             any_port=True,
         )
+        self._ddp_hook = session.recording and settings.ddp_hook
         self._clock: StepClock | None = None
         self._turns: Turns | None = None
         self._ended = threading.Event()
@@ -69,8 +69,9 @@ class AutomaticSession:
                 session.own_step = self._stop_steps
             threading.Thread(target=self._look_after, name="onecast", daemon=True).start()
         atexit.register(self._at_exit)
+        self._finalizer: multiprocessing.util.Finalize[None] | None = None
         if multiprocessing.parent_process() is not None:  # a forked one never comes to atexit
-            multiprocessing.util.Finalize(None, self._at_exit, exitpriority=0)
+            self._finalizer = multiprocessing.util.Finalize(None, self._at_exit, exitpriority=0)
         if identity.local_rank == 0 and session.metrics_url is not None:
             ranks = (
                 f"{identity.local_world_size} ranks" if identity.local_world_size > 1 else "1 rank"
@@ -79,6 +80,8 @@ class AutomaticSession:
 
     def close(self, *, wait: bool) -> None:
         atexit.unregister(self._at_exit)
+        if self._finalizer is not None:
+            self._finalizer.cancel()
         self._ended.set()
         self._stop_steps()
         if self._ddp_hook:
