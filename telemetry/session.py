@@ -15,6 +15,7 @@ from typing import Any
 from .current import automatic_session, closed, opened
 from .errors import TelemetryError
 from .explicit import ExplicitCollectives
+from .gpu_recording import open_gpu_recording
 from .intercept import CollectiveInstrumentor, Recorder
 from .joining import join
 from .probe import RingProbe
@@ -30,6 +31,7 @@ from .values import VALUE_INDEX, VALUES
 
 _logger = logging.getLogger(__name__)
 
+_GPU_TIMEOUT_S = 2.0  # for what still runs there when the session is closed
 _COVERAGE_S = 0.1  # between two looks at what went by unrecorded; close takes the last one
 
 
@@ -61,13 +63,30 @@ class Session:
         self._phases: dict[str, PhaseScope] = {}
         self._explicit = ExplicitCollectives(ring)
         self._instrumentor = CollectiveInstrumentor()
-        self._step = StepScope(ring, partial(self._instrumentor.sample_coverage, _COVERAGE_S))
+        self._gpu = None if watch is None else open_gpu_recording(ring)
+        self._step = StepScope(ring, self._after_step())
         self._pid = os.getpid()
         self._closed = False
         self._last_report: dict[str, Any] | None = None
         if watch is not None:
-            self._instrumentor.instrument(ring if recorder is None else recorder(ring))
+            self._instrumentor.instrument(
+                ring if recorder is None else recorder(ring),
+                None if self._gpu is None else self._gpu.timer,
+                None if self._gpu is None else self._gpu.captures,
+            )
             opened(self)
+
+    def _after_step(self) -> Callable[[], None]:
+        sample = partial(self._instrumentor.sample_coverage, _COVERAGE_S)
+        if self._gpu is None:
+            return sample
+        resolve = self._gpu.resolve
+
+        def sample_and_resolve() -> None:
+            sample()
+            resolve()
+
+        return sample_and_resolve
 
     @property
     def recording(self) -> bool:
@@ -169,11 +188,11 @@ class Session:
         self._closed = True
         closed(self)
         if os.getpid() != self._pid:
-            self._instrumentor.uninstrument()
-            return None
+            return None  # what is patched writes to nobody here; its locks may be held for ever
         if self._watch is not None:
-            self._instrumentor.sample_coverage()
             self._instrumentor.uninstrument()
+            if self._gpu is not None:
+                self._gpu.close(_GPU_TIMEOUT_S if wait else 0)
             wait_s = self._settings.close_timeout_s if wait and self._local_rank == 0 else None
             self._last_report = self._watch.close(self._ring.close, wait_s)
         if self.run_dir is not None and (self._watch is None or not self._watch.alive):
