@@ -126,7 +126,7 @@ def parse_sdk(spans: list[Span]) -> dict[bytes, list[Any]]:
     return parse([Encoded(request.SerializeToString(), len(spans))])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(kept_steps())
 def test_steps_are_built_and_encoded_span_for_span_as_by_the_sdk(steps: list[KeptStep]) -> None:
     names = dict(enumerate(NAMES))
