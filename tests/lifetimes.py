@@ -1,11 +1,12 @@
 """Ranks and sidecars as processes that can be killed. A helper of the tests, not a test."""
 
+import contextlib
 import json
 import os
-import subprocess
-import sys
+import signal
 import tempfile
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,27 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from onecast.telemetry import Session, TelemetrySettings, start_session
 from onecast.telemetry.sidecar_record import SidecarRecord
-
-# Rank argv[1] of argv[2] in argv[3], with settings argv[4] as JSON. Says "ready <url>", makes as
-# many steps as each line of its input says, answers their sum, and closes at the end of its input.
-RANK = """
-import sys, json
-from onecast.telemetry import TelemetrySettings, start_session
-rank, size = int(sys.argv[1]), int(sys.argv[2])
-session = start_session(rank=rank, local_rank=rank, world_size=size, local_world_size=size,
-                        engine_id="e", run_dir=sys.argv[3],
-                        settings=TelemetrySettings(**json.loads(sys.argv[4])))
-print("ready", session.metrics_url, flush=True)
-done = 0
-for line in sys.stdin:
-    for _ in range(int(line)):
-        with session.step(done, 1), session.phase("model.forward"):
-            session.set_value("sequences.running", done)
-        done += 1
-    print(done, flush=True)
-final = session.close()
-print(json.dumps(final), flush=True)
-"""
 
 
 @pytest.fixture
@@ -60,18 +40,34 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 20.0)
 
 
 class RankProcess:
-    """One rank that makes steps when it is told to."""
+    """One rank that makes steps when it is told to: a fork of this process, for torch is here.
+
+    It says "ready <url>", makes as many steps as each line of its input says, answers their sum,
+    and at the end of its input closes and answers its final report.
+    """
 
     def __init__(self, rank: int, size: int, run_dir: str, **settings: Any) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", RANK, str(rank), str(size), run_dir, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(errors := tempfile.TemporaryFile("w+")),  # no pipe: its sidecar shares it
-            text=True,
-        )
-        self._errors = errors
+        self.run_dir = run_dir
         self.url = ""
+        self._errors = tempfile.TemporaryFile("w+")  # no pipe: its sidecar shares it
+        there, here = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.dup2(self._errors.fileno(), 2)
+                _close_all_but(2, there[0], here[1])
+                with open(there[0]) as told, open(here[1], "w", buffering=1) as tell:
+                    _be_rank(rank, size, run_dir, settings, told, tell)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        os.close(there[0])
+        os.close(here[1])
+        self._tell = open(there[1], "w", buffering=1)
+        self._told = open(here[0])
 
     def wait_ready(self) -> str:
         word, self.url = self._line().split()
@@ -79,36 +75,70 @@ class RankProcess:
         return self.url
 
     def make_steps(self, number: int) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{number}\n")
-        self.process.stdin.flush()
+        self._tell.write(f"{number}\n")
         return int(self._line())
+
+    def close_session(self) -> None:
+        """Do not wait for what comes of it."""
+        self._tell.close()
 
     def finish(self) -> Any:
         """Close the session; its final report."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.close_session()
         report = json.loads(self._line())
-        assert self.process.wait(20) == 0
         self.kill()
         return report
 
     def kill(self) -> str:
         """The end by SIGKILL; what was said on stderr."""
-        self.process.kill()
-        self.process.wait()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
         self._errors.seek(0)
         text = self._errors.read()
-        for file in (self.process.stdin, self.process.stdout, self._errors):
-            assert file is not None
+        for file in (self._tell, self._told, self._errors):
             file.close()
         return text
 
+    @property
+    def over(self) -> bool:
+        return self._errors.closed
+
     def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._told.readline()
         assert line, f"the rank has ended: {self.kill()}"
         return line
+
+
+def _close_all_but(*kept: int) -> None:
+    """What belongs to other ranks: their pipes must end when this test closes them."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _be_rank(
+    rank: int, size: int, run_dir: str, settings: dict[str, Any], told: Any, tell: Any
+) -> None:
+    session = start_session(
+        rank=rank,
+        local_rank=rank,
+        world_size=size,
+        local_world_size=size,
+        engine_id="e",
+        settings=TelemetrySettings(**settings),
+        run_dir=run_dir,
+    )
+    print("ready", session.metrics_url, file=tell)
+    done = 0
+    for line in told:
+        for _ in range(int(line)):
+            with session.step(done, 1), session.phase("model.forward"):
+                session.set_value("sequences.running", done)
+            done += 1
+        print(done, file=tell)
+    print(json.dumps(session.close()), file=tell)
+    told.read()
 
 
 @contextmanager
@@ -122,7 +152,7 @@ def rank_processes(size: int, run_dir: str, **settings: Any) -> Iterator[list[Ra
         yield ranks
     finally:
         for each in ranks:
-            if not each._errors.closed:
+            if not each.over:
                 each.kill()
 
 

@@ -130,6 +130,7 @@ def test_killed_six_times_in_a_row_it_is_given_up_with_one_warning_and_the_run_g
     assert not os.path.exists(session.run_dir)
 
 
+@pytest.mark.slow
 def test_a_minute_of_life_makes_up_for_former_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onecast.telemetry.sidecar_watch._LONG_LIFE_NS", 0)
     session = alone(metrics_port=None)
@@ -146,7 +147,7 @@ def test_another_rank_starts_it_again_when_its_starter_is_dead_too(flights: Path
     with rank_processes(2, run_dir, flight_dir=str(flights)) as ranks:
         assert ranks[0].url == ranks[1].url != "None"
         first = sidecar_of(run_dir)
-        starter = ranks[0 if _parent_of(first.pid) == ranks[0].process.pid else 1]
+        starter = ranks[0 if _parent_of(first.pid) == ranks[0].pid else 1]
         (other,) = set(ranks) - {starter}
         starter.kill()
         os.kill(first.pid, signal.SIGKILL)
@@ -190,12 +191,11 @@ def test_a_sidecar_killed_while_a_rank_waits_for_it_is_started_again_to_finish(
 ) -> None:
     trace = tmp_path / "trace.json"
     with rank_processes(2, name_run_dir(), metrics_port=None, trace_file=str(trace)) as ranks:
-        (run_dir,) = {each.process.args[6] for each in ranks}  # type: ignore[index, union-attr]
+        run_dir = ranks[0].run_dir
         first = sidecar_of(run_dir)
         for each in ranks:
             each.make_steps(3)
-        assert ranks[0].process.stdin is not None
-        ranks[0].process.stdin.close()  # it closes, and waits for rank 1
+        ranks[0].close_session()  # which waits for rank 1
         wait_until(lambda: RingReader(ring_path(run_dir, 0)).closed, "rank 0 has closed")
         os.kill(first.pid, signal.SIGKILL)
         next_sidecar(run_dir, first)
@@ -247,6 +247,7 @@ def test_a_run_that_ends_in_order_is_not_kept(flights: Path) -> None:
     assert _kept(flights) == []
 
 
+@pytest.mark.slow
 def test_after_everything_was_killed_at_once_the_next_start_keeps_and_sweeps(flights: Path) -> None:
     run_dir = name_run_dir()
     with rank_processes(2, run_dir, flight_dir=str(flights)) as ranks:
@@ -266,6 +267,7 @@ def test_after_everything_was_killed_at_once_the_next_start_keeps_and_sweeps(fli
     assert len(RingReader(ring_path(str(kept), 1)).drain().rows) == 10
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_directory_of_a_killed_one_starts_afresh(flights: Path) -> None:
     run_dir = name_run_dir()
     with rank_processes(2, run_dir, flight_dir=str(flights)) as ranks:
