@@ -6,12 +6,20 @@ Owns the subcommands and the exit status of bad usage (2); each subcommand's wor
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 from .config import add_run_options, run_config
 
-BENCHES = ("comm",)
+BENCHES = ("comm", "telemetry")
+
+# For any torch.distributed program: command, its module in onecast.telemetry, what it does.
+_TELEMETRY = {
+    "telemetry": ("run_command", "run any program with every collective of its ranks measured"),
+    "top": ("top_command", "watch a run in the terminal"),
+    "flight": ("flight_command", "what each rank did last, and where ranks disagree"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "gpu-check", help="run all tests and benchmarks that need a GPU", add_help=False
     )
+    for name, (_, text) in _TELEMETRY.items():
+        commands.add_parser(name, help=text, add_help=False)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in _TELEMETRY:
+        return _telemetry(argv[0], argv[1:])
     options, rest = parser.parse_known_args(argv)
     if options.command == "bench" and options.what is None:
         bench.print_help()
@@ -84,7 +97,31 @@ def _demo_defaults() -> dict[str, object]:
 
 
 def _bench(what: str, argv: list[str]) -> int:
-    assert what in BENCHES
+    if what == "telemetry":
+        from .bench import telemetry
+
+        return telemetry.main(argv)
     from .bench import comm
 
     return comm.main(argv)
+
+
+def _telemetry(name: str, argv: Sequence[str]) -> int:
+    """A command of telemetry: its module adds the arguments and runs it."""
+    if name == "telemetry":
+        if argv[:1] != ["run"]:
+            print("usage: onecast telemetry run [OPTIONS] -- PROGRAM ...", file=sys.stderr)
+            return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+        name, argv = "telemetry run", argv[1:]
+    module_name, text = _TELEMETRY[name.partition(" ")[0]]
+    module = import_module(f"onecast.telemetry.{module_name}")
+    parser = argparse.ArgumentParser(prog=f"onecast {name}", description=text)
+    module.add_arguments(parser)
+    options = parser.parse_args(argv)
+    try:
+        return int(module.run(options))
+    except (ValueError, OSError) as error:
+        print(f"onecast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -138,7 +138,7 @@ class Node:
         for rank, found in drained.items():
             self._take(rank, found)
         self.pending = {rank: found.pending for rank, found in drained.items()}
-        if self.complete:
+        if self.complete and self.tracing.enabled:
             self._release(everything=last)
         for hang in self._watch.poll(self.readers, drained, time.perf_counter_ns(), last=last):
             _logger.warning("%s", hang.text)
@@ -150,15 +150,15 @@ class Node:
         if drained.lost:
             self._dropped["records", "overrun"] += drained.lost
         self.totals.add(rank, drained.rows, self.readers[rank].names)
-        self.tracing.requests(rank, drained.rows)
-        self._joiner.add(rank, drained.rows)
+        if self.tracing.enabled:
+            self.tracing.requests(rank, drained.rows)
+            self._joiner.add(rank, drained.rows)
 
     def _release(self, everything: bool) -> None:
         names = {rank: reader.names for rank, reader in self.readers.items()}
-        for joined in self._joiner.release(self.pending, everything=everything):
-            kept = self.tracing.step(joined)
-            if kept is not None:
-                self.totals.exemplify(kept.joined, names, kept.trace_id, kept.span_ids)
+        released = self._joiner.release(self.pending, everything=everything)
+        for kept in self.tracing.steps(released):
+            self.totals.exemplify(kept.joined, names, kept.trace_id, kept.span_ids)
 
     def _attach(self) -> None:
         if self.complete:

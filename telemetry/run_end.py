@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 from .errors import TelemetryError
-from .flight import keep as keep_flight
 from .ring_reader import RingReader
 from .run_directory import empty_run_dir, locked, remove_run_dir, ring_path
 from .sidecar_record import SidecarRecord

@@ -47,7 +47,7 @@ class TelemetrySettings:
     hang_s: float = 30.0  # a collective in flight for longer is told of; 0: never
     flight_dir: str = field(default_factory=_flight_dir)  # what is kept of runs that ended badly
     ring_records: int = 65536
-    poll_interval_s: float = 0.05
+    poll_interval_s: float = 0.1
     start_timeout_s: float = 30.0
     close_timeout_s: float = 15.0
     # Of programs that know nothing of steps: what ends one.

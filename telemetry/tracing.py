@@ -80,6 +80,11 @@ class Tracing:
                 queue_spans=settings.otlp_queue_spans,
             )
 
+    @property
+    def enabled(self) -> bool:
+        """Whether any step can be kept; if not, none need be joined."""
+        return self._sampler.enabled
+
     # -- what comes in -------------------------------------------------------------------------
 
     def attach(self, readers: Mapping[int, RingReader]) -> None:
