@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .intercept_groups import Recorder
+from .intercept_template import write_out_wait
 from .ring import ERROR, OK, UNWAITED, RingMemory
 
 # What was opened last: work, ticket, begin_ns, the options of the call.
@@ -26,7 +27,6 @@ Latest = tuple[Any, int, int, Any]
 
 # Who waits sooner than this after an operation began has hidden nothing behind it.
 AT_ONCE_NS = 20_000
-_MISSING: Any = object()
 
 
 class _Open:
@@ -181,32 +181,15 @@ class OpenWorks:
 
     def wait_in(self, memory: RingMemory, original: Callable[..., Any]) -> Callable[..., Any]:
         """The same, for the latest Work written out on the ring's memory."""
-        latest, now, slow = self.latest, time.perf_counter_ns, self.wait(original)
-        mask, ends, auxes, published = memory.mask, memory.ends, memory.auxes, memory.published
-        at_once_ns, missing = AT_ONCE_NS, _MISSING
 
-        def wait(work: Any, timeout: Any = missing) -> Any:
-            entry = latest[0]
-            if entry is None or timeout is not missing:
-                return slow(work) if timeout is missing else slow(work, timeout)
-            its_work, ticket, begin_ns, options = entry
-            if its_work is not work:
-                return slow(work)
-            latest[0] = None
-            hidden = now() - begin_ns
-            try:
-                result = original(work)
-            except BaseException as error:
-                self.raised(work, self._again(entry), error)
-                raise
-            slot = ticket - 1 & mask
-            if published[slot] == ticket:
-                if hidden > at_once_ns and getattr(options, "asyncOp", True):
-                    auxes[slot] = OK | hidden << 8
-                ends[slot] = now()
-            return result
+        def raised(work: Any, entry: Latest, error: BaseException) -> None:
+            self.raised(work, self._again(entry), error)
 
-        return wait
+        names = memory._asdict() | {
+            "latest": self.latest, "now": time.perf_counter_ns, "slow": self.wait(original),
+            "raised": raised, "at_once_ns": AT_ONCE_NS,
+        }  # fmt: skip
+        return write_out_wait(original, names)
 
     def _again(self, entry: Latest) -> _Open:
         self.demote(entry)
