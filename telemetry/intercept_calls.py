@@ -155,10 +155,10 @@ class Calls:
 
         names = memory._asdict() | {
             "known": known, "general": general, "refused": refused, "now": time.perf_counter_ns,
-            "latest": self.works.latest, "demote": self.works.demote,
+            "latest": self.works.latest, "demote": self.works.demote, "opened": self.works.opened,
+            "timer": self._timer, "log": self._capture_log,
         }  # fmt: skip
-        on_gpu = self._timer is not None or self._capture_log is not None
-        call = write_out(original, method.payload, method.per_rank, on_gpu, names)
+        call = write_out(original, method.payload, method.per_rank, names)
         if call is None:
             return general
         self._codes.add(call.__code__)

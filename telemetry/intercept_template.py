@@ -30,9 +30,10 @@ def call(handle, {signature}):
         {payload}
         meta = metas[value.dtype]
         nbytes = value.nbytes{times}
-        {on_gpu}
+        {captured}
     except UNUSUAL:
         return general(handle, {usual})
+    {issued}
     ticket, sequence = next_numbers()
     slot = ticket - 1 & mask
     words[H_HEAD] = ticket  # before the slot changes: a reader a lap behind must know
@@ -44,11 +45,14 @@ def call(handle, {signature}):
         work = original(handle, {usual})
     except BaseException as error:
         refused(handle, ticket, error)
+        {dropped}
         raise
+    {finished}
     if work is None:
         if published[slot] == ticket:
             ends[slot] = now()
         return None
+    {marked}
     entry = work, ticket, begin_ns, {last}
     # No thread can come in between the next two lines: the interpreter looks for others only
     # where it calls or jumps back.
@@ -58,6 +62,16 @@ def call(handle, {signature}):
         demote(previous)
     return work
 """
+
+_CAPTURED = "if value.is_cuda and log.open: raise KeyError"  # into a CUDA graph, maybe
+_TIMED = {
+    "issued": "mark = timer.issued(handle, value) if value.is_cuda else None",
+    "dropped": "if mark is not None: timer.dropped(mark)",
+    "finished": (
+        "if mark is not None: timer.finished(mark, work, step[0], begin_ns, meta, sequence, nbytes)"
+    ),
+    "marked": "if mark is not None: return opened(work, ticket, begin_ns, {last}, mark)",
+}
 
 _WAIT = """
 def wait(work, timeout=None):
@@ -96,11 +110,11 @@ def signatures(original: Callable[..., Any]) -> list[list[str]]:
 
 
 def write_out(
-    original: Callable[..., Any], payload: int, per_rank: bool, on_gpu: bool, names: dict[str, Any]
+    original: Callable[..., Any], payload: int, per_rank: bool, names: dict[str, Any]
 ) -> Callable[..., Any] | None:
     """The wrapper; None where the documentation of `original` does not say its parameters.
 
-    `names`: what else the source refers to. `on_gpu`: what lies on a GPU goes to `general` too.
+    `names`: what else the source refers to; `timer` and `log` are None where there are none.
     """
     overloads = signatures(original)
     if not overloads or len(overloads[0]) <= max(payload, 1):
@@ -117,8 +131,12 @@ def write_out(
         others=", ".join(f"{name}={name}" for name in others),
         payload=f"[value] = {usual[payload]}" if is_list else f"value = {usual[payload]}",
         times=" * size" if per_rank else "",
-        on_gpu="if value.is_cuda: raise KeyError" if on_gpu else "",
+        captured=_CAPTURED if names["log"] is not None else "",
         last=usual[-1],
+        **{
+            place: line.format(last=usual[-1]) if names["timer"] is not None else ""
+            for place, line in _TIMED.items()
+        },
     )
 
     def positional(*values: Any) -> list[Any]:

@@ -59,15 +59,16 @@ class OpenWorks:
         self._others: dict[int, _Open] = {}  # by id of the Work
         self._futures: dict[int, _Open] = {}  # by id of the Work's future
 
-    def opened(self, work: Any, ticket: int, begin_ns: int, options: Any, mark: Any) -> None:
-        """An operation has returned its Work; `mark`: the timer's."""
+    def opened(self, work: Any, ticket: int, begin_ns: int, options: Any, mark: Any) -> Any:
+        """An operation has returned its Work, as this does; `mark`: the timer's."""
         if mark is not None:
             self._watch(work, _Open(ticket, begin_ns, options, mark))
-            return
+            return work
         previous, entry = self.latest[0], (work, ticket, begin_ns, options)
         self.latest[0] = entry
         if previous is not None:
             self.demote(previous)
+        return work
 
     def opened_batch(self, work: Any, members: list[tuple[int, int]]) -> None:
         """Operations that end with one Work: ticket and begin_ns of each."""

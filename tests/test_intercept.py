@@ -19,13 +19,13 @@ Seen = dict[tuple[str, str], list[tuple[int, int, str, int]]]
 class Recording:
     """Instruments this process and reads its own ring back."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *gpu: Any) -> None:
         run_dir = make_run_dir()
         self.ring = RingWriter(ring_path(run_dir, rank), capacity=4096, rank=rank)
         self.reader = RingReader(self.ring.path)
         remove_run_dir(run_dir)  # both have it mapped
         self.instrumentor = CollectiveInstrumentor()
-        self.instrumentor.instrument(self.ring)
+        self.instrumentor.instrument(self.ring, *gpu)
 
     def rows(self) -> list[list[int]]:
         found: list[list[int]] = self.reader.drain().rows.tolist()
@@ -476,6 +476,80 @@ def test_a_backend_without_sequence_numbers_is_recorded_too() -> None:
         ((_, found),) = seen.items()
         assert [(number, nbytes) for number, nbytes, *_ in found] == [(1, 16), (2, 16), (3, 16)]
         assert coverage == []
+
+
+class _Gpu:
+    """A timer and a capture log that write down what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.open = 0
+
+    def issued(self, handle: Any, value: Any) -> str | None:
+        while isinstance(value, list):
+            value = value[0]
+        return f"mark {value.numel()}" if value.is_cuda else None
+
+    def finished(self, mark: str, work: Any, *words: int) -> None:
+        step, begin_ns, meta, sequence, nbytes = words
+        assert work is not None and begin_ns > 0 and layout.meta_kind(meta) == layout.COLLECTIVE
+        self.told.append(("finished", mark, step, sequence, nbytes))
+
+    def waited(self, mark: str, work: Any) -> None:
+        self.told.append(("waited", mark))
+
+    def dropped(self, mark: str) -> None:
+        self.told.append(("dropped", mark))
+
+    def capturing(self) -> bool:
+        return self.open > 0
+
+    def captured(self, *what: Any) -> None:
+        self.told.append(("captured", *what))
+
+
+def _on_gpu(rank: int) -> tuple[list[tuple[Any, ...]], list[tuple[int, int]], int]:
+    import torch
+    import torch.distributed as dist
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    def tensor(count: int) -> torch.Tensor:
+        return torch.ones(count).as_subclass(OnGpu)
+
+    gpu = _Gpu()
+    recording = Recording(rank, gpu, gpu)
+    recording.ring.set_step(7)
+    for count in (1, 2):  # the first call of an operation and the ones after it go different ways
+        dist.all_reduce(tensor(count))
+    dist.all_reduce(torch.ones(3))  # not on a GPU
+    dist.all_reduce(tensor(4), async_op=True).get_future().wait()
+    with pytest.raises(TypeError):
+        dist.group.WORLD.allreduce([tensor(5)], dist.BarrierOptions())  # type: ignore[union-attr]
+    gpu.open = 1
+    dist.all_reduce(tensor(6))
+    gpu.open = 0
+    dist.all_reduce(tensor(7))
+    rows = recording.rows()
+    unrecorded = recording.unrecorded()
+    recording.close()
+    kept = [(row[layout.SEQUENCE], row[layout.NBYTES]) for row in rows]
+    return gpu.told, kept, unrecorded
+
+
+def test_a_timer_hears_of_what_is_on_a_gpu_and_a_log_of_what_is_captured() -> None:
+    ((told, rows, unrecorded),) = run_ranks(_on_gpu, 1)
+    assert told == [
+        ("finished", "mark 1", 7, 1, 4), ("waited", "mark 1"),
+        ("finished", "mark 2", 7, 2, 8), ("waited", "mark 2"),
+        ("finished", "mark 4", 7, 4, 16), ("dropped", "mark 4"),
+        ("dropped", "mark 5"),
+        ("captured", "all_reduce", "default_pg\t0", 1, "float32", 24),
+        ("finished", "mark 7", 7, 6, 28), ("waited", "mark 7"),
+    ]  # fmt: skip
+    assert rows == [(1, 4), (2, 8), (3, 12), (4, 16), (5, 20), (6, 28)]
+    assert unrecorded == 0
 
 
 def test_bus_bytes_follow_nccl_tests() -> None:
