@@ -15,7 +15,6 @@ from .run_end import former_ring, in_use, leave_nothing, rings
 from .settings import TelemetrySettings
 from .sidecar_record import SidecarRecord
 from .sidecar_watch import SidecarWatch
-from .unrecorded import told
 
 _RETRY_S = 0.02
 
@@ -37,12 +36,12 @@ def join(
     while True:
         with locked(run_dir, settings.start_timeout_s, make=True):
             if _place_is_free(run_dir, rank, settings):
-                ring = make_ring(path)
                 try:
+                    ring = make_ring(path)
                     watch.join()
-                except BaseException as error:
+                except BaseException:
                     path.unlink(missing_ok=True)
-                    if isinstance(error, ValueError) and not in_use(run_dir):
+                    if not in_use(run_dir):
                         leave_nothing(run_dir, settings.flight_dir)
                     raise
                 return ring
@@ -58,8 +57,6 @@ def _place_is_free(run_dir: str, rank: int, settings: TelemetrySettings) -> bool
     """False: a former rank of this number has left, and the sidecar is still at it."""
     record = SidecarRecord.read(run_dir)
     if not in_use(run_dir):
-        if told(run_dir):
-            raise TelemetryError(f"another rank of this node could not record in {run_dir}")
         if record is not None or rings(run_dir):
             leave_nothing(run_dir, settings.flight_dir, whole=False)  # of a run that was killed
     former = former_ring(run_dir, rank)

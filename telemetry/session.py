@@ -195,8 +195,8 @@ class Session:
                 self._gpu.close(_GPU_TIMEOUT_S if wait else 0)
             wait_s = self._settings.close_timeout_s if wait and self._local_rank == 0 else None
             self._last_report = self._watch.close(self._ring.close, wait_s)
-        if self.run_dir is not None and (self._watch is None or not self._watch.alive):
-            leave_if_last(self.run_dir, self._settings.flight_dir)
+            if self.run_dir is not None and not self._watch.alive:
+                leave_if_last(self.run_dir, self._settings.flight_dir)
         return self._last_report
 
     def __enter__(self) -> "Session":
@@ -262,6 +262,6 @@ def start_session(
 
         ring = join(run_dir, rank, settings, make_ring, watch)
     except (OSError, TelemetryError) as error:
-        tell_once(run_dir, rank, error)
-        return Session(null_ring(), None, run_dir, settings, local_rank)
+        tell_once(run_dir, rank, local_rank, error)
+        return Session(null_ring(), None, None, settings, local_rank)
     return Session(ring, watch, run_dir, settings, local_rank, recorder)

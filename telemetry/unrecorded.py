@@ -45,19 +45,19 @@ def null_ring() -> RingWriter:
     return cast(RingWriter, _NullRing())
 
 
-def tell_once(run_dir: str | None, rank: int, why: object) -> None:
-    """A warning from the first rank of the node that cannot record; the others only note it."""
-    level = logging.WARNING
+def tell_once(run_dir: str | None, rank: int, local_rank: int, why: object) -> None:
+    """One warning for the node; its other ranks only note it.
+
+    Where nobody records, the directory is gone, and the first rank of the node speaks for all;
+    where others do, the first that cannot leaves its mark there.
+    """
+    level = logging.WARNING if local_rank == 0 else logging.INFO
     if run_dir is not None:
         try:
             os.close(os.open(Path(run_dir, _MARK), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            level = logging.WARNING
         except FileExistsError:
             level = logging.INFO
-        except OSError as error:  # not even that: every rank says it then
+        except OSError as error:
             _logger.debug("cannot note that rank %d is not recorded: %s", rank, error)
-    _logger.log(level, "the run goes on without telemetry (rank %d first): %s", rank, why)
-
-
-def told(run_dir: str) -> bool:
-    """Whether a rank of this node could not record."""
-    return Path(run_dir, _MARK).exists()
+    _logger.log(level, "the run goes on without telemetry of rank %d: %s", rank, why)

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -56,6 +58,8 @@ class RankProcess:
             status = 1
             try:
                 os.dup2(self._errors.fileno(), 2)
+                sys.stderr = sys.__stderr__  # not pytest's, nor its log handlers
+                logging.getLogger().handlers.clear()
                 _close_all_but(2, there[0], here[1])
                 with open(there[0]) as told, open(here[1], "w", buffering=1) as tell:
                     _be_rank(rank, size, run_dir, settings, told, tell)

@@ -1,5 +1,6 @@
 """Telemetry may die, fill up or find no room: the run goes on, and what is counted is right."""
 
+import contextlib
 import gc
 import json
 import logging
@@ -8,11 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lifetimes import (
@@ -333,14 +334,24 @@ def test_without_room_for_the_ring_one_warning_gives_sizes_and_the_program_goes_
 ) -> None:
     with tiny_tmpfs(tmp_path / "shm", 64) as shm:
         run_dir = str(shm / "onecast-full")
-        sessions = [alone(run_dir) for _ in range(3)]
+        session = alone(run_dir)
         (warning,) = warnings_of(caplog)
         assert f"no room for the telemetry ring {run_dir}" in warning
         assert "it needs 4263936 bytes, 65536 are free" in warning
-        assert "the run goes on without telemetry" in warning
-        for session in sessions:
-            _use_it_all(session)
+        assert "the run goes on without telemetry of rank 0" in warning
         assert os.listdir(shm) == []
+        _use_it_all(session)
+
+
+def test_ranks_that_do_not_fit_beside_others_give_one_warning(tmp_path: Path) -> None:
+    with tiny_tmpfs(tmp_path / "shm", 300) as shm:  # a ring takes 132 of it
+        run_dir = str(shm / "onecast-full")
+        with rank_processes(5, run_dir, ring_records=1024, close_timeout_s=10.0) as ranks:
+            assert sorted(each.url == "None" for each in ranks) == [False, False, True, True, True]
+            assert [each.make_steps(3) for each in ranks] == [3] * 5
+            told = [each.kill() for each in ranks]
+        assert sum("no room for the telemetry ring" in text for text in told) == 1
+        wait_until(lambda: os.listdir(shm) == [], "the sidecar takes the directory down")
 
 
 def test_without_room_for_the_sidecar_the_program_goes_on_too(
@@ -570,44 +581,49 @@ def test_an_explicit_record_counts_as_a_collective_of_its_group() -> None:
     session.close()
 
 
-def endpoint(kind: str) -> Any:
-    """An address to post spans to, and what to close afterwards."""
+@contextmanager
+def endpoint(kind: str) -> Iterator[str]:
+    """An address to post spans to."""
     if kind == "down":
-        return "http://127.0.0.1:9/v1/traces", None  # nobody listens on the discard port
+        yield "http://127.0.0.1:9/v1/traces"  # nobody listens on the discard port
+        return
     server = socket.create_server(("127.0.0.1", 0))  # nobody accepts: connected, and no answer
-    url = f"http://127.0.0.1:{server.getsockname()[1]}/v1/traces"
-    if kind == "erroring":
-        import threading
 
-        def refuse() -> None:
+    def refuse() -> None:
+        with contextlib.suppress(OSError):
             while True:
-                try:
-                    client, _ = server.accept()
-                except OSError:
-                    return
+                client, _ = server.accept()
                 with client:
                     client.settimeout(5)
                     client.recv(1 << 16)
                     client.sendall(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n")
 
-        threading.Thread(target=refuse, daemon=True).start()
-    return url, server
+    thread = threading.Thread(target=refuse)
+    if kind == "erroring":
+        thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1/traces"
+    finally:
+        with server:
+            server.shutdown(socket.SHUT_RDWR)
+        if kind == "erroring":
+            thread.join()
 
 
 @pytest.mark.parametrize("kind", ["down", "slow", "erroring"])
 def test_an_endpoint_that_takes_no_spans_costs_spans_and_no_rank_its_time(kind: str) -> None:
-    url, server = endpoint(kind)
-    session = alone(metrics_port=None, otlp_endpoint=url, otlp_timeout_s=0.5, otlp_queue_spans=400)
-    begin = time.monotonic()
-    for first in range(0, 2000, 100):
-        make_steps(session, first, 100)
-        time.sleep(0.01)
-    assert session.report()["steps"] == 2000
-    assert time.monotonic() - begin < 10
-    final = session.close()
+    with endpoint(kind) as url:
+        session = alone(
+            metrics_port=None, otlp_endpoint=url, otlp_timeout_s=0.5, otlp_queue_spans=400
+        )
+        begin = time.monotonic()
+        for first in range(0, 2000, 100):
+            make_steps(session, first, 100)
+            time.sleep(0.01)
+        assert session.report()["steps"] == 2000
+        assert time.monotonic() - begin < 10
+        final = session.close()
     assert final is not None and final["steps"] == 2000, "it finished within close_timeout_s"
     assert final["spans_exported"] == 0
     dropped = {key: n for key, n in final["dropped_by_reason"].items() if key.startswith("spans/")}
     assert sum(dropped.values()) > 0
-    if server is not None:
-        server.close()
