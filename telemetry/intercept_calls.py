@@ -56,7 +56,9 @@ class Calls:
         self._capture_log = capture_log
         self._known: list[dict[int, Any]] = []  # what the wrappers know of groups, by their id
         self._watches: dict[int, weakref.ref[Any]] = {}  # take an id out when its group is gone
-        self._codes: set[CodeType] = {Calls.recorded.__code__}  # of what records a call
+        # Of what records a call. By id: those written out alike for somebody else are equal.
+        self._codes: dict[int, CodeType] = {}
+        self._is_recorder(Calls.recorded.__code__)
         self._batches: dict[int, list[tuple[int, int]]] = {}  # being coalesced, by thread
 
     def close(self) -> None:
@@ -143,7 +145,7 @@ class Calls:
                 known[id(handle)] = operation.next_numbers, operation.metas, group.size
             return work
 
-        self._codes.add(general.__code__)
+        self._is_recorder(general.__code__)
         return general
 
     def _written_out(
@@ -161,7 +163,7 @@ class Calls:
         call = write_out(original, method.payload, method.per_rank, names)
         if call is None:
             return general
-        self._codes.add(call.__code__)
+        self._is_recorder(call.__code__)
         return call
 
     def refused(self, operation: Operation, ticket: int, error: BaseException) -> None:
@@ -236,9 +238,12 @@ class Calls:
             if above is None:
                 return False
             frame = above
-            if frame.f_code in self._codes and frame.f_locals.get("self", self) is self:
+            if id(frame.f_code) in self._codes and frame.f_locals.get("self", self) is self:
                 return True
         return False
+
+    def _is_recorder(self, code: CodeType) -> None:
+        self._codes[id(code)] = code
 
     def recorded(self, issue: Callable[[], Any]) -> Any:
         """Call `issue`; what it calls in turn is part of what has been recorded."""

@@ -249,6 +249,34 @@ def test_groups_objects_and_direct_calls_are_told_apart_and_counted_once() -> No
         assert unrecorded == 0
 
 
+def _two_recordings(rank: int) -> list[dict[tuple[str, str], int]]:
+    import torch
+    import torch.distributed as dist
+    import torch.distributed._functional_collectives as functional
+
+    group = dist.new_group([0, 1], group_desc="tp")
+    recordings = [Recording(rank), Recording(rank)]
+    for _ in range(3):
+        dist.all_reduce(torch.ones(4), group=group)
+        group._get_backend(torch.device("cpu")).broadcast([torch.ones(4)]).wait()
+        functional.all_gather_tensor(torch.ones(4), 0, group).numpy()
+        dist.all_reduce(torch.ones(4), group=group, async_op=True).get_future().wait()
+    found = []
+    for recording in reversed(recordings):
+        assert recording.unrecorded() == 0
+        found.append({key: len(rows) for key, rows in recording.seen().items()})
+        recording.close()
+    return found
+
+
+def test_two_instrumentors_both_record_everything() -> None:
+    for found in run_ranks(_two_recordings, 2):
+        counts = {
+            ("all_reduce", "tp"): 6, ("broadcast", "tp"): 3, ("all_gather_into_tensor", "tp"): 3
+        }  # fmt: skip
+        assert found == [counts, counts]
+
+
 def _errors(rank: int) -> Seen:
     import datetime
 
