@@ -39,14 +39,12 @@ def in_use(run_dir: str) -> bool:
 
 
 def keep(run_dir: str, flight_dir: str, why: str) -> None:
-    """Put the rings where they outlive the run, and say where. Never raises for lack of room."""
-    try:
-        from .flight import keep as keep_flight
-    except ModuleNotFoundError:
-        return
+    """Put the rings where they outlive the run, and say where, or why not."""
+    from .flight import keep as keep_flight  # no business of a rank that does well
+
     try:
         path = keep_flight(run_dir, flight_dir, reason=why)
-    except OSError as error:
+    except (OSError, TelemetryError) as error:
         _logger.warning("%s; its record could not be kept in %s: %s", why, flight_dir, error)
         return
     _logger.warning("%s; its last events: onecast flight %s", why, path)

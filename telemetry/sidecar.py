@@ -147,19 +147,16 @@ class Sidecar:
                 self._node.poll()
                 if not self._node.ended:
                     return False
-                self._finish()
+                self._node.finish()
                 self._leave()
         except FileNotFoundError:
-            self._finish()  # somebody took the directory away: write what there is
+            self._node.finish()  # somebody took the directory away: write what there is
         except TelemetryError:
             return False
         if self._http is not None:
             self._http.close()
         self._reports.finish(self._node.report())
         return True
-
-    def _finish(self) -> None:
-        self._node.finish()
 
     def _leave(self) -> None:
         if self._node.has_told_of_hangs and all(
