@@ -343,6 +343,7 @@ def test_without_room_for_the_ring_one_warning_gives_sizes_and_the_program_goes_
         _use_it_all(session)
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_fit_beside_others_give_one_warning(tmp_path: Path) -> None:
     with tiny_tmpfs(tmp_path / "shm", 300) as shm:  # a ring takes 132 of it
         run_dir = str(shm / "onecast-full")
