@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .intercept_calls import Calls
-from .intercept_groups import Recorder, sequence_of
+from .intercept_groups import Operation, Recorder, sequence_of
 from .intercept_works import AT_ONCE_NS
 from .ring import OK, UNWAITED
 
@@ -54,6 +54,7 @@ class _Result(NamedTuple):
     recorder: Recorder
     ticket: int
     begin_ns: int
+    keys: tuple[int, ...]  # of all results of the operation
 
 
 class FunctionalCollectives:
@@ -62,6 +63,7 @@ class FunctionalCollectives:
     def __init__(self, calls: Callable[[Any], Calls | None]) -> None:
         self._calls = calls
         self._results: dict[int, _Result] = {}  # by address of the result's storage
+        self._operations: dict[tuple[int, str], Operation] = {}  # by id of the group, name
 
     def install(self) -> None:
         _kernels.listen(self)
@@ -84,7 +86,11 @@ class FunctionalCollectives:
     def _record(
         self, calls: Calls, operator: _Operator, handle: Any, value: Any, issue: Callable[[], Any]
     ) -> Any:
-        operation = calls.groups.operation(handle, operator.operation)
+        key = id(handle), operator.operation
+        operation = self._operations.get(key)
+        if operation is None or operation.group.handle() is not handle:
+            operation = calls.groups.operation(handle, operator.operation)
+            self._operations[key] = operation
         nbytes, meta = operation.measure(value, calls.recorder.intern)
         if operator.per_rank:
             nbytes *= operation.group.size
@@ -103,15 +109,14 @@ class FunctionalCollectives:
         return result
 
     def _keep(self, results: Any, recorder: Recorder, ticket: int, begin_ns: int) -> None:
-        from torch.multiprocessing.reductions import StorageWeakRef
-
         if len(self._results) > _SWEEP_AT:
             self._sweep()
-        make: Any = StorageWeakRef
-        for tensor in _tensors(results):
-            storage = make(tensor.untyped_storage())
-            earlier = self._results.get(storage.cdata)
-            self._results[storage.cdata] = _Result(storage, recorder, ticket, begin_ns)
+        weak = _kernels.weak
+        storages = [weak(tensor.untyped_storage()) for tensor in _tensors(results)]
+        keys = tuple(storage.cdata for storage in storages)
+        for key, storage in zip(keys, storages, strict=True):
+            earlier = self._results.get(key)
+            self._results[key] = _Result(storage, recorder, ticket, begin_ns, keys)
             if earlier is not None and earlier.ticket != ticket:
                 self._close(earlier, UNWAITED)
 
@@ -134,9 +139,10 @@ class FunctionalCollectives:
 
     def _close(self, result: _Result, aux: int) -> None:
         """One operation may have several results: the first that is waited for ends it."""
-        for key, other in list(self._results.items()):
-            if other.ticket == result.ticket:
-                self._results.pop(key, None)
+        for key in result.keys:
+            other = self._results.get(key)
+            if other is not None and other.ticket == result.ticket:
+                del self._results[key]
         result.recorder.end(result.ticket, aux)
 
     def _sweep(self, *, everything: bool = False) -> None:
@@ -153,6 +159,7 @@ class _Kernels:
         self._listeners: tuple[FunctionalCollectives, ...] = ()
         self._library: Any = None
         self._lock = threading.Lock()
+        self.weak: Any = None  # StorageWeakRef
 
     def listen(self, listener: FunctionalCollectives) -> None:
         with self._lock:
@@ -170,7 +177,9 @@ class _Kernels:
 
     def _register(self) -> None:
         import torch
+        from torch.multiprocessing.reductions import StorageWeakRef
 
+        self.weak = StorageWeakRef
         make: Any = torch.library.Library
         self._library = make("_c10d_functional", "IMPL")
         kernels = {"wait_tensor": self._wait_tensor()}
@@ -185,11 +194,13 @@ class _Kernels:
 
         packet = getattr(torch.ops._c10d_functional, name).default
         at_group = [argument.name for argument in packet._schema.arguments].index("group_name")
+        redispatch, key = packet.redispatch, torch._C.DispatchKey.BackendSelect
+        is_traced, group_of = _tracing(), _groups()
 
         def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            issue: Callable[[], Any] = partial(packet.redispatch, _below(keyset), *args, **kwargs)
-            if not _is_traced(args[0]):
-                handle = _group(args[at_group] if len(args) > at_group else kwargs["group_name"])
+            issue: Callable[[], Any] = partial(redispatch, keyset.remove(key), *args, **kwargs)
+            if not is_traced(args[0]):
+                handle = group_of(args[at_group] if len(args) > at_group else kwargs["group_name"])
                 for listener in self._listeners if handle is not None else ():
                     issue = listener.around(operator, handle, args[0], issue)
             return issue()
@@ -199,11 +210,12 @@ class _Kernels:
     def _wait_tensor(self) -> Callable[..., Any]:
         import torch
 
-        packet = torch.ops._c10d_functional.wait_tensor.default
+        redispatch = torch.ops._c10d_functional.wait_tensor.default.redispatch
+        key, is_traced = torch._C.DispatchKey.BackendSelect, _tracing()
 
         def kernel(keyset: Any, tensor: Any) -> Any:
-            wait: Callable[[], Any] = partial(packet.redispatch, _below(keyset), tensor)
-            if not _is_traced(tensor):
+            wait: Callable[[], Any] = partial(redispatch, keyset.remove(key), tensor)
+            if not is_traced(tensor):
                 for listener in self._listeners:
                     wait = listener.awaited(tensor, wait)
             return wait()
@@ -214,34 +226,38 @@ class _Kernels:
 _kernels = _Kernels()
 
 
-def _below(keyset: Any) -> Any:
-    import torch
-
-    return keyset.remove(torch._C.DispatchKey.BackendSelect)
-
-
-def _group(name: Any) -> Any:
-    """The process group that an operator was told of; None if there is no such group."""
+def _groups() -> Callable[[Any], Any]:
+    """Finds the process group that an operator was told of; None if there is no such group."""
     from torch.distributed import ProcessGroup, distributed_c10d
 
-    if isinstance(name, ProcessGroup):
-        return name
-    if not isinstance(name, str):
-        return ProcessGroup.unbox(name)
     resolve: Any = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009 (not exported)
-    try:
-        return resolve(name)
-    except RuntimeError:
-        return None  # torch says so better
+
+    def group_of(name: Any) -> Any:
+        if isinstance(name, ProcessGroup):
+            return name
+        if not isinstance(name, str):
+            return ProcessGroup.unbox(name)
+        try:
+            return resolve(name)
+        except RuntimeError:
+            return None  # torch says so better
+
+    return group_of
 
 
-def _is_traced(value: Any) -> bool:
-    """Whether nothing is sent, only shapes are found out."""
+def _tracing() -> Callable[[Any], bool]:
+    """Tells whether nothing is sent, only shapes are found out."""
+    from torch import Tensor
     from torch._subclasses.fake_tensor import FakeTensor
 
-    if isinstance(value, (list, tuple)):
-        return bool(value) and _is_traced(value[0])
-    return isinstance(value, FakeTensor) or value.device.type == "meta"
+    def is_traced(value: Any) -> bool:
+        if type(value) is Tensor:
+            return bool(value.is_meta)
+        if isinstance(value, (list, tuple)):
+            return bool(value) and is_traced(value[0])
+        return isinstance(value, FakeTensor) or bool(value.is_meta)
+
+    return is_traced
 
 
 def _tensors(value: Any) -> Iterator[Any]:

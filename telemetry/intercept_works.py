@@ -225,27 +225,29 @@ class OpenWorks:
         one.followed = True
 
         def done(future: Any) -> None:
-            if self._futures.get(number) is one:
-                del self._futures[number]
+            self._future_done(one, future)
             if self._others.get(key) is one:
                 del self._others[key]
-            self._future_done(one, future)
+            if self._futures.get(number) is one:
+                del self._futures[number]
 
         future.add_done_callback(done)
 
     def _future_done(self, one: _Open, future: Any) -> None:
-        if one.over:
-            return  # whoever has waited for the Work, or for another of its futures, came first
-        one.over = True
+        failure: Exception | None = None
         try:
             future.value()
         except Exception as error:
-            self._fail(one, ERROR | self._recorder.intern(type(error).__name__) << 8)
-        else:
-            now_ns = time.perf_counter_ns()
-            self._finish(one, now_ns, one.waited_ns or now_ns)
-            if one.mark is not None:
-                self._timer.dropped(one.mark)
+            failure = error
+        if one.over:
+            return  # whoever has waited for the Work, or for another of its futures, came first
+        if failure is not None:
+            self._fail(one, ERROR | self._recorder.intern(type(failure).__name__) << 8)
+            return
+        now_ns = time.perf_counter_ns()
+        self._finish(one, now_ns, one.waited_ns or now_ns)
+        if one.mark is not None:
+            self._timer.dropped(one.mark)
 
     def wait_for_future(self, original: Callable[..., Any]) -> Callable[..., Any]:
         now, futures = time.perf_counter_ns, self._futures
