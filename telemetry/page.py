@@ -18,7 +18,7 @@ def build_page() -> bytes:
     style = _read("page.css")
     assert "</script" not in script and "</style" not in style, "it would end its own element"
     page = _read("page.html").replace("/*style*/", style)
-    return page.replace("/*script*/", f'"use strict";\n{{\n{script}\n}}').encode()
+    return page.replace("/*script*/", f'"use strict";\n{script}').encode()
 
 
 def _read(name: str) -> str:

@@ -1,9 +1,9 @@
 // Asks for /live.json about once a second and shows it; what is chosen stays until it is let go.
 
-const POLL_MS = 1000, SLOWEST_MS = 5000;
+const POLL_MS = 1000, SLOWEST_MS = 4000, GONE_MS = 2500;
 const history_ = new History();
 const details = new Map(); // step -> as it came, with its detail: the page remembers what it has seen
-let view = null, chosenStep = null, following = true, paused = false, failures = 0, timer = 0, asking = false, goneSince = null;
+let view = null, chosenStep = null, following = true, paused = false, failures = 0, timer = 0, asking = false, answered = Date.now();
 const unpackedSteps = new WeakMap();
 const timeline = new Timeline(onChoice);
 
@@ -12,14 +12,13 @@ async function poll() {
   if (paused || document.hidden || asking) return;
   asking = true;
   try {
-    const answer = await fetch("live.json", { cache: "no-store", signal: AbortSignal.timeout(10_000) });
+    const answer = await fetch("live.json", { cache: "no-store", signal: AbortSignal.timeout(4000) });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     take(await answer.json());
     failures = 0;
-    goneSince = null;
+    answered = Date.now();
   } catch (error) {
     failures += 1;
-    goneSince = goneSince || Date.now();
     console.info(`live.json: ${error}`);
   } finally {
     asking = false;
@@ -31,7 +30,7 @@ async function poll() {
 const clock = (ms) => new Date(ms).toLocaleTimeString("en-GB");
 
 function tell() {
-  const state = paused ? "paused" : failures > 1 || (failures && !view) ? "gone" : view ? "live" : "connecting";
+  const state = paused ? "paused" : failures && (!view || Date.now() - answered > GONE_MS) ? "gone" : view ? "live" : "connecting";
   document.body.dataset.state = state;
   setText($("status"), {
     paused: "Paused", live: "Live", connecting: "Connecting",
@@ -57,15 +56,17 @@ function take(fresh) {
 
 function showAll() {
   const recent = document.querySelector("input[name=span]:checked").value === "recent";
-  const base = recent ? history_.base : null;
+  const idle = history_.base && !history_.busy;
+  const base = recent && !idle ? history_.base : null;
   const steps = view.kept.map((step) => details.get(step.step)).filter(Boolean);
   setText($("engine"), `${isolated(shorten(view.engine_id, 80))} · ${plural(view.world_size, "rank")}`);
-  setText($("span-note"), !recent ? "" : base ? (history_.spanSeconds < 29 ? `(${Math.round(history_.spanSeconds)} s so far)` : "") : "(since the start, so far)");
+  setText($("span-note"), !recent ? "" : idle ? "(nothing happened in them: since the start)"
+    : !base ? "(since the start, so far)" : history_.spanSeconds < 29 ? `(${Math.round(history_.spanSeconds)} s so far)` : "");
   showHangs();
   showSteps();
   showLatency(view, base);
   showStragglers(view, base, steps);
-  showFigures(view, history_, recent, showShare(steps));
+  showFigures(view, history_, base, showShare(steps));
   showInFlight(view);
   showHealth(view);
 }

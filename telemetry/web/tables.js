@@ -12,9 +12,10 @@ class History {
 
   add(view, now) {
     const latest = this.kept[this.kept.length - 1];
-    if (latest && (latest.engine !== view.engine_id || latest.steps.count > view.steps.count)) this.kept = [];
+    const ended = view.steps.count + view.latency.reduce((sum, row) => sum + row.count, 0);
+    if (latest && (latest.engine !== view.engine_id || latest.ended > ended)) this.kept = []; // another sidecar counts
     this.kept.push({
-      now, engine: view.engine_id, steps: view.steps,
+      now, engine: view.engine_id, steps: view.steps, ended,
       latency: new Map(view.latency.map((row) => [latencyKey(row), row])),
       stragglers: new Map(view.stragglers.map((row) => [row.rank, row])),
     });
@@ -23,6 +24,11 @@ class History {
 
   // What to subtract for the numbers of the last 30 s; null before there are two snapshots.
   get base() { return this.kept.length > 1 ? this.kept[0] : null; }
+  // Whether anything ended since the base.
+  get busy() {
+    return this.kept[this.kept.length - 1].ended > this.kept[0].ended;
+  }
+
   get spanSeconds() {
     return this.kept.length > 1 ? (this.kept[this.kept.length - 1].now - this.kept[0].now) / 1000 : 0;
   }
@@ -198,8 +204,7 @@ function showHealth(view) {
   list.replaceChildren(...lines.map(([kind, text]) => el("li", { class: kind }, text)));
 }
 
-function showFigures(view, history, recent, broadcast) {
-  const base = recent ? history.base : null;
+function showFigures(view, history, base, broadcast) {
   const { steps } = view;
   const hist = base ? bucketsSince(steps.hist, base.steps.hist) : steps.hist;
   const inSteps = steps.seconds - (base ? base.steps.seconds : 0);
