@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .current import current_session
+    from .ddp_hook import hook_ddp, unhook_ddp
     from .errors import TelemetryError
     from .intercept import CollectiveInstrumentor, Recorder
     from .probe import RingProbe
@@ -46,10 +47,12 @@ __all__ = [
     "TelemetrySettings",
     "agree_on_run_dir",
     "current_session",
+    "hook_ddp",
     "make_run_dir",
     "name_run_dir",
     "remove_run_dir",
     "start_session",
+    "unhook_ddp",
 ]
 
 _HOMES = {
@@ -65,10 +68,12 @@ _HOMES = {
     "TelemetrySettings": "settings",
     "agree_on_run_dir": "run_directory",
     "current_session": "current",
+    "hook_ddp": "ddp_hook",
     "make_run_dir": "run_directory",
     "name_run_dir": "run_directory",
     "remove_run_dir": "run_directory",
     "start_session": "session",
+    "unhook_ddp": "ddp_hook",
 }
 
 

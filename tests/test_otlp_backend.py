@@ -14,6 +14,7 @@ from phoenix import Phoenix, install_phoenix, phoenix
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phoenix]:
     install_phoenix()
