@@ -8,7 +8,7 @@ them escapes them.
     {format, now_ms, engine_id, world_size, local_world_size,
      ranks:      [{rank, up, step, phase}]          phase: the innermost one it is in, or null
      steps:      {count, p50_s, p99_s, seconds, exposed_s, hist}   count: of one rank; rest: all
-     kept:       [step, ...] as `live_steps` draws them, oldest first; not all with their detail
+     kept:       [step, ...] as `live_steps` draws them, oldest first; only the latest with detail
      latency:    [{op, group, size, clock, count, p50_s, p99_s, seconds, bus_bytes, transfer_s,
                    hist}]
      latency_left_out
@@ -23,7 +23,6 @@ reads twice can tell what happened in between.
 """
 
 import json
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -32,9 +31,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .kept_step import KeptStep
 from .labels import group_label, name_at
-from .live_steps import step_view
+from .live_kept import KeptViews
 from .live_totals import latency_view, steps_view, stragglers_view
 from .ring import (
     BEGIN,
@@ -61,37 +59,14 @@ _MAX_IN_FLIGHT = 128
 _MAX_LISTED = 32  # hangs, errors, and what went unrecorded
 
 
-class _KeptViews:
-    """The views of the steps that are kept: each is made once, however many ask."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: dict[int, tuple[KeptStep, dict[str, Any]]] = {}
-
-    def of(
-        self, kept: Sequence[KeptStep], names: Mapping[int, Sequence[str]], clock_offset_ns: int
-    ) -> list[dict[str, Any]]:
-        with self._lock:
-            fresh = {}
-            for one in kept:
-                known = self._known.get(one.step)
-                if known is None or known[0] is not one:
-                    view = step_view(one, names, clock_offset_ns)
-                    view["nbytes"] = len(json.dumps(view["detail"]))
-                    known = one, view
-                fresh[one.step] = known
-            self._known = fresh
-            return [view for _, view in fresh.values()]
-
-
-_views: "WeakKeyDictionary[Node, _KeptViews]" = WeakKeyDictionary()  # a cache: nothing else
+_views: "WeakKeyDictionary[Node, KeptViews]" = WeakKeyDictionary()  # a cache: nothing else
 
 
 def live_view(node: "Node") -> dict[str, Any]:
     """Everything of `node` that the live view shows, as above. Any thread may call."""
     with node.lock:
         names = {rank: list(reader.names) for rank, reader in node.readers.items()}
-        kept = [one for one in node.tracing.kept if one.joined.rows.keys() <= names.keys()]
+        kept = [one for one in node.tracing.kept if names.keys() >= set(one.ranks)]
         now_ns = time.perf_counter_ns()
         view = {
             "format": FORMAT,
@@ -115,21 +90,10 @@ def live_view(node: "Node") -> dict[str, Any]:
             ],
             "health": _health(node, names),
         }
-        views = _views.setdefault(node, _KeptViews())  # under the lock: once per node
+        views = _views.setdefault(node, KeptViews())  # under the lock: once per node
         offset = next((reader.clock_offset_ns for reader in node.readers.values()), 0)
-    view["kept"] = _within(views.of(kept, names, offset), MAX_BYTES - len(json.dumps(view)))
+    view["kept"] = views.of(kept, names, offset, MAX_BYTES - len(json.dumps(view)))
     return view
-
-
-def _within(steps: Sequence[Mapping[str, Any]], room: int) -> list[dict[str, Any]]:
-    """The steps, and of the latest as many details as there is room for."""
-    room -= sum(400 + len(json.dumps(step["error"])) for step in steps)
-    found = []
-    for step in reversed(steps):
-        room -= step["nbytes"]
-        left_out = {"nbytes", "detail"} if room < 0 else {"nbytes"}
-        found.append({key: value for key, value in step.items() if key not in left_out})
-    return found[::-1]
 
 
 def _ranks(

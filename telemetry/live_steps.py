@@ -54,18 +54,46 @@ from .ring_reader import Rows
 
 LAST, FAILED, UNWAITED_FLAG, OPEN = 1, 2, 4, 8
 _MAX_BARS = 5000  # of one step, the longest; about 30 bytes of JSON each
+_NEVER_ENDED = "never ended"
 _MAX_PHASES = 400  # of one rank and step, the longest
 
 Integers = npt.NDArray[np.int64]
 Names = Mapping[int, Sequence[str]]
 
 
-def step_view(kept: KeptStep, names: Names, clock_offset_ns: int) -> dict[str, Any]:
-    """A kept step as above; `names` are each rank's name tables."""
+def step_outline(kept: KeptStep, names: Names, clock_offset_ns: int) -> dict[str, Any]:
+    """A kept step as above, without `detail`; `names` are each rank's name tables."""
+    parts = {rank: kept.rows_of(rank) for rank in kept.ranks}
+    rows = np.concatenate(list(parts.values()))
+    start = int(rows[:, BEGIN].min())
+    kinds = rows[:, META] & 0xF
+    rank_of = np.repeat(list(parts), [len(part) for part in parts.values()])
+    ended = (kinds == STEP_KIND) & (rows[:, END] != 0)
+    failed = np.flatnonzero(ended & (rows[:, AUX] & 0xFF == ERROR))
+    error = None if np.count_nonzero(ended) >= len(parts) else _NEVER_ENDED
+    if len(failed):
+        error = name_at(names[int(rank_of[failed[0]])], int(rows[failed[0], AUX]) >> 8)
+    return {
+        "step": kept.step,
+        "reason": kept.reason,
+        "trace_id": f"{kept.trace_id:032x}",
+        "at_ms": (start + clock_offset_ns) // 1_000_000,
+        "duration_ns": _last_ns(rows) - start,
+        "batch": int(rows[kinds == STEP_KIND, NBYTES].max(initial=0)),
+        "ranks": len(parts),
+        "bars": int(np.count_nonzero(kinds == COLLECTIVE)),
+        "worst_wait_ns": max(
+            (int(found.wait_ns.max(initial=-1)) for found in kept.arrivals.values()), default=-1
+        ),
+        "error": error,
+    }
+
+
+def step_detail(kept: KeptStep, names: Names) -> dict[str, Any]:
+    """The `detail` of a kept step."""
     every = {rank: kept.rows_of(rank) for rank in kept.ranks}
-    start = min((int(rows[:, BEGIN].min()) for rows in every.values()), default=0)
-    end = max((_last_ns(rows) for rows in every.values()), default=start)
-    kinds, phase_names = _Numbers(), _Numbers()
+    start = min(int(rows[:, BEGIN].min()) for rows in every.values())
+    kinds, phase_names, groups = _Numbers(), _Numbers(), _Numbers()
     lanes = [
         _lane(rank, rows, names[rank], kept.arrivals[rank], start, kinds, phase_names)
         for rank, rows in every.items()
@@ -75,29 +103,14 @@ def step_view(kept: KeptStep, names: Names, clock_offset_ns: int) -> dict[str, A
     if total > _MAX_BARS:
         for lane in lanes:
             _thin_out(lane, max(1, _MAX_BARS // len(lanes)))
-    groups = _Numbers()
     return {
-        "step": kept.step,
-        "reason": kept.reason,
-        "trace_id": f"{kept.trace_id:032x}",
-        "at_ms": (start + clock_offset_ns) // 1_000_000,
-        "duration_ns": end - start,
-        "batch": max((lane.pop("batch") for lane in lanes), default=0),
-        "ranks": len(lanes),
-        "bars": total,
-        "worst_wait_ns": max(
-            (int(found.wait_ns.max(initial=-1)) for found in kept.arrivals.values()), default=-1
-        ),
-        "error": next((lane["error"] for lane in lanes if lane["error"]), None),
-        "detail": {
-            "kinds": [
-                [op, group_label(group), groups.number(group), size, dtype, nbytes]
-                for op, group, size, dtype, nbytes in kinds.values
-            ],
-            "phase_names": phase_names.values,
-            "lanes": [_encode(lane) for lane in lanes],
-            "left_out": total - sum(len(lane["bars"]["kind"]) for lane in lanes),
-        },
+        "kinds": [
+            [op, group_label(group), groups.number(group), size, dtype, nbytes]
+            for op, group, size, dtype, nbytes in kinds.values
+        ],
+        "phase_names": phase_names.values,
+        "lanes": [_encode(lane) for lane in lanes],
+        "left_out": total - sum(len(lane["bars"]["kind"]) for lane in lanes),
     }
 
 
@@ -133,7 +146,7 @@ def _lane(
     begin = int(steps[0, BEGIN]) if len(steps) else int(rows[:, BEGIN].min())
     closed = len(steps) and steps[0, END]
     end = int(steps[0, END]) if closed else max(begin, _last_ns(rows))
-    error = None if closed else "never ended"
+    error = None if closed else _NEVER_ENDED
     if closed and steps[0, AUX] & 0xFF == ERROR:
         error = name_at(names, int(steps[0, AUX]) >> 8)
     order = np.argsort(rows[:, BEGIN], kind="stable")
@@ -155,7 +168,6 @@ def _lane(
         "begin_ns": begin - start,
         "end_ns": end - start,
         "error": error,
-        "batch": int(steps[0, NBYTES]) if len(steps) else 0,
         "phases": _phases(rows[row_kinds == PHASE], names, start, end, phase_names),
         "bars": {
             "begin": bars[:, BEGIN] - start,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from live_nodes import MS, US, WrittenNode
 
-from onecast.telemetry import live, ring
+from onecast.telemetry import live_kept, ring
 from onecast.telemetry.histograms import DURATIONS, Histogram
 from onecast.telemetry.live import MAX_BYTES, live_view
 from onecast.telemetry.probe import RingProbe
@@ -212,18 +212,26 @@ def test_nothing_of_a_request_is_in_it(tmp_path: Path) -> None:
     assert "a-finish-reason" not in json.dumps(live_view(written.node))
 
 
-def test_each_step_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_worked_out_once_and_only_if_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[int] = []
-    original = live.step_view
+    original = live_kept.step_detail
 
-    def counting(kept: Any, *rest: Any) -> Any:
+    def counting(kept: Any, names: Any) -> Any:
         made.append(kept.step)
-        return original(kept, *rest)
+        return original(kept, names)
 
-    monkeypatch.setattr(live, "step_view", counting)
+    monkeypatch.setattr(live_kept, "step_detail", counting)
     written = WrittenNode(tmp_path, ranks=2).write_steps(3)
     first = live_view(written.node)
     written.write_steps(1)
     second = live_view(written.node)
-    assert made == [0, 1, 2, 3]
+    assert made == [2, 1, 0, 3]
     assert second["kept"][:3] == first["kept"]
+    made.clear()
+    written.write_steps(64, collectives=300)
+    kept = live_view(written.node)["kept"]
+    drawn = [step["step"] for step in kept if "detail" in step]
+    assert len(kept) == 64 and drawn == list(range(68 - len(drawn), 68))
+    assert len(made) <= len(drawn) + 1, "of those that do not fit, one was tried"
