@@ -186,7 +186,7 @@ function describe(one) {
   if (one.flags & OPEN) parts.push(`in it for ${duration(one.took)}, never ended`);
   else if (one.wait < 0) parts.push(`took ${duration(one.took)}`);
   else parts.push(`waited ${duration(one.wait)}, transfer ${duration(Math.max(0, one.took - one.wait))}`);
-  if (one.overlap) parts.push(`, ${duration(one.overlap)} of it beside the step`);
+  if (one.overlap) parts.push(`, its wait was called after ${duration(one.overlap)}`);
   if (one.flags & FAILED) parts.push(", failed");
   if (one.flags & UNWAITED) parts.push(", nobody waited for its end");
   if (last) parts.push(" · ", el("span", { class: "who" }, `rank ${last.rank} came last`), `, ${duration(longest)} after rank ${first.rank}`);

@@ -64,7 +64,7 @@ function distribution(hist, p50, p99) {
     for (const [key, value] of Object.entries(attributes)) shape.setAttribute(key, value);
     svg.append(shape);
   };
-  for (const [key, value] of [["class", "hist"], ["viewBox", "0 0 150 18"], ["aria-hidden", "true"]]) svg.setAttribute(key, value);
+  for (const [key, value] of [["class", "hist"], ["viewBox", "0 0 150 18"], ["preserveAspectRatio", "none"], ["aria-hidden", "true"]]) svg.setAttribute(key, value);
   const scale = (ns) => Math.min(150, Math.max(0, (Math.log2(ns / 1000) / 18) * 150)); // 1 µs to 262 ms
   const most = Math.max(1, ...hist.slice(1));
   const path = hist.slice(1).map((count, i) => {
@@ -103,7 +103,7 @@ function showLatency(view, base) {
     return [
       { value: op, head: true, class: faint }, { value: name(row.group), class: faint }, number(sizeClass(row.size), faint),
       number(whole(count), faint), number(duration(p50), faint), number(duration(p99), faint),
-      number(transfer > 0 && bus > 0 ? `${significant(bus / transfer / 1e9)} GB/s` : "–", "extra " + faint),
+      number(transfer > 0 && bus > 0 ? rate(bus / transfer) : "–", "extra " + faint),
       { value: hist ? distribution(hist, p50, p99) : "", class: "extra" },
     ];
   });

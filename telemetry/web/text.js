@@ -42,6 +42,11 @@ function bytes(count) {
   return `${Number.isInteger(count) || unit === 0 ? count : significant(count)} ${units[unit]}`;
 }
 
+function rate(bytesPerSecond) {
+  const [unit, word] = bytesPerSecond >= 1e9 ? [1e9, "GB/s"] : bytesPerSecond >= 1e6 ? [1e6, "MB/s"] : [1e3, "kB/s"];
+  return `${significant(bytesPerSecond / unit)} ${word}`;
+}
+
 const whole = (count) => Math.round(count).toLocaleString("en-US");
 const sizeClass = (label) => label.replace(/(\d)([KM]iB)/, "$1 $2").replace("inf", "more");
 

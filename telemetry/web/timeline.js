@@ -149,7 +149,7 @@ class Timeline {
     const ink = this.inks[this.colourOf(bar.op)];
     const waited = Math.min(end, Math.max(x, this.x(bar.begin + Math.max(0, bar.wait))));
     const called = Math.min(end, this.x(bar.begin + bar.overlap));
-    pen.globalAlpha = dimmed ? 0.35 : 1;
+    pen.globalAlpha = dimmed ? 0.45 : 1;
     pen.fillStyle = ink;
     if (waited - x >= 0.5) { // waiting for the last rank: hatched
       const alpha = pen.globalAlpha;
@@ -160,7 +160,7 @@ class Timeline {
       pen.fillRect(x, y, Math.min(1, waited - x), height);
     }
     pen.fillRect(waited, y, Math.max(end - waited, waited - x < 0.5 ? 1 : 0.5), height);
-    if (called - x > 1) { // ran beside the step until its wait was called: half as high
+    if (called - x > 1) { // before its wait was called the rank may have done something else: half as high
       pen.fillStyle = this.paint.lane;
       pen.fillRect(x, y, called - x, height / 2);
     }
