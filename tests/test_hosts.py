@@ -51,6 +51,10 @@ def leave_running(both: TwoHosts) -> str:
     argument = f"{10_000 + os.getpid()}"
     command = f"sleep {argument} > /dev/null 2>&1 &"
     both.start(0, lambda: subprocess.run(["setsid", "sh", "-c", command], check=True) and None)
+    deadline = time.monotonic() + 5
+    while not running(argument):  # the shell has forked, and is yet to become it
+        assert time.monotonic() < deadline, "the process never came"
+        time.sleep(0.01)
     return argument
 
 
