@@ -8,10 +8,10 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn, Self
 
 from rich.console import Console, ConsoleOptions
 from rich.live import Live
@@ -61,8 +61,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.once:
             return _once(source)
-        with _ended_by_sigterm():
-            return _watch(source, options.interval)
+        return _watch(source, options.interval)
     except KeyboardInterrupt:
         return 0  # how one leaves it
     except BrokenPipeError:  # `| head`
@@ -140,12 +139,22 @@ def _watch(source: LiveSource, interval_s: float) -> int:
         gone = _follow(source, shown, interval_s, lambda: shown.print(console, apart=True))
         print(gone, flush=True)
         return 0
-    try:
-        with Live(shown, console=console, screen=True, auto_refresh=False) as live:
-            gone = _follow(source, shown, interval_s, live.refresh, lambda: console.size)
-    finally:
-        shown.note = ""
-        shown.print(console)  # on the screen as it was before: the last frame stays
+    live = Live(shown, console=console, screen=True, auto_refresh=False)
+    with _Interrupts() as interrupts:
+
+        def draw() -> None:
+            with interrupts.held():
+                live.refresh()
+
+        try:
+            with interrupts.held():
+                live.start(refresh=True)
+            gone = _follow(source, shown, interval_s, draw, lambda: console.size)
+        finally:
+            with interrupts.held():
+                live.stop()
+                shown.note = ""
+                shown.print(console)  # on the screen as it was before: the last frame stays
     console.print(Text(gone))
     return 0
 
@@ -186,21 +195,46 @@ def _wait(pause_s: float, draw: Callable[[], None], outdated: Callable[[], bool]
         time.sleep(min(left_s, _LOOK_S))
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM leaves the terminal as it was found, too."""
+class _Interrupts:
+    """SIGINT and SIGTERM end the loop, but not amid what must be whole: the terminal is to be left
+    as it was found."""
 
-    def end(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self) -> None:
+        self._held = False
+        self._pending: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._arrived) for number in self._SIGNALS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self._SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What comes meanwhile is heeded at the end."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._pending is not None:
+            self._end(self._pending)
+
+    def _arrived(self, number: int, _: object) -> None:
+        if self._held:
+            self._pending = number
+        else:
+            self._end(number)
+
+    def _end(self, number: int) -> NoReturn:
+        self._pending = None
+        if number == signal.SIGTERM:
+            sys.exit(128 + number)
+        raise KeyboardInterrupt
 
 
 def _interval(text: str) -> float:

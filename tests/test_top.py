@@ -312,9 +312,11 @@ def test_in_a_terminal_it_follows_its_size_and_leaves_the_last_frame(written: Wr
     assert "The sidecar is gone: its run may have ended" in after.replace("\r\n", " ")
 
 
-def test_ctrl_c_leaves_it(written: WrittenNode) -> None:
+@pytest.mark.parametrize("drawn", [ALTERNATE, "none failed"])
+def test_ctrl_c_leaves_it_whenever_it_comes(written: WrittenNode, drawn: str) -> None:
     with serving(written) as url, Terminal(url) as terminal:
-        terminal.until(lambda text: "├model.forward" in text)
+        terminal.resize(80, 50)
+        terminal.until(lambda text: drawn in text)
         os.write(terminal.master, b"\x03")
         assert terminal.end() == 0
     assert NORMAL in terminal.text
