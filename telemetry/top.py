@@ -153,7 +153,7 @@ def _latency(view: LiveView, lately: Lately, width: int) -> Section:
                 str(one.count),
                 _duration(one.p50_s),
                 _duration(one.p99_s),
-                "-" if not one.bus_bytes_s else f"{one.bus_bytes_s / 1e9:.3g} GB/s",
+                _bandwidth(one.bus_bytes_s),
             ],
             "" if one.count else "dim",
         )
@@ -203,6 +203,12 @@ def _health(view: LiveView, width: int) -> tuple[Section, bool]:
 
 def _duration(seconds: float | None) -> str:
     return "-" if seconds is None else duration_text(round(seconds * 1e9))
+
+
+def _bandwidth(bytes_s: float | None) -> str:
+    if not bytes_s:
+        return "-"
+    return f"{bytes_s / 1e9:.3g} GB/s" if bytes_s >= 0.9995e9 else f"{bytes_s / 1e6:.3g} MB/s"
 
 
 def _percent(part: float | None) -> str:
