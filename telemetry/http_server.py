@@ -155,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # a body that nobody reads must not pass for a request
         if not self._names_this_host():
             self._send(403, _TEXT, b"the Host header names another host than this one\n")
             return
@@ -177,6 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
         header = self.headers.get("Host")
         if self.server.only_host is None or header is None:  # no browser leaves it out
             return True
+        if set(header) & set("@/?#\\"):  # more than a name and a port
+            return False
         try:
             name = urlsplit(f"//{header}").hostname or ""
         except ValueError:

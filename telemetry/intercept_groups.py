@@ -42,14 +42,18 @@ class Coverage(NamedTuple):
 class Group:
     """One process group: its label, its size and its counters."""
 
-    def __init__(self, handle: Any, recorder: Recorder, tickets: Any, base: int | None) -> None:
+    def __init__(
+        self, handle: Any, recorder: Recorder, tickets: Any, base: int | None, era: int = 1
+    ) -> None:
+        """`era`: the how-manieth default group this one lives beside."""
         if hasattr(handle, "group_name"):
             unique = handle.group_name
             description = handle.group_desc
             label = unique if description in ("", "undefined") else description
         else:  # a Backend without a process group
             label, unique = f"{handle.name()} backend", f"backend {id(handle):x}"
-        self.name = f"{label}\t{unique}"
+        # torch gives the same names again after destroy_process_group and a new beginning.
+        self.name = f"{label}\t{unique}" if era == 1 else f"{label}\t{unique} (again {era})"
         self.size: int = handle.size()
         self.entry = recorder.intern(self.name)
         self.handle = weakref.ref(handle)
@@ -133,6 +137,8 @@ class Groups:
         self._tickets = tickets
         self._groups: dict[int, Group] = {}
         self._lock = threading.Lock()
+        self._default: weakref.ref[Any] | None = None
+        self._era = 0
         self.meet()
 
     def meet(self) -> None:
@@ -157,9 +163,20 @@ class Groups:
         with self._lock:
             group = self._groups.get(id(owner))
             if group is None or group.handle() is not owner:
-                group = Group(owner, self._recorder, self._tickets, None)
+                group = Group(owner, self._recorder, self._tickets, None, self._current_era())
                 self._groups[id(owner)] = group
             return group
+
+    def _current_era(self) -> int:
+        """How many default groups there have been, this one included."""
+        from torch.distributed import distributed_c10d
+
+        default = distributed_c10d._world.default_pg
+        known = self._default() if self._default is not None else None
+        if self._era == 0 or (default is not None and known is not default):
+            self._era += 1
+            self._default = None if default is None else weakref.ref(default)
+        return self._era
 
     def sequences(self) -> list[tuple[Any, int]]:
         """Every process group that counts, and its own sequence number."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from .environment import read_environment
 
 _PROTOCOLS = ("grpc", "http/protobuf")
+_MOST = 1e9  # seconds, or numbers: what fits wherever it is counted
 _STEP_RULES = "optimizer, none, or collectives:N with N >= 1"
 
 
@@ -69,11 +70,13 @@ class TelemetrySettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("trace_one_in", "trace_skew_s", "hang_s", "span_links"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) <= _MOST:  # not a number is neither
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 to {_MOST:g}")
         for name in ("otlp_timeout_s", "poll_interval_s", "start_timeout_s", "close_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if not 0 < getattr(self, name) <= _MOST:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be above 0, to {_MOST:g}"
+                )
         if not re.fullmatch(r"optimizer|none|collectives:[1-9][0-9]*", self.auto_step):
             raise ValueError(f"auto_step is {self.auto_step!r}; it must be {_STEP_RULES}")
 

@@ -45,6 +45,8 @@ class TraceFile(Generic[Step]):
         self.path = Path(path)
         if not self.path.absolute().parent.is_dir():
             raise ValueError(f"trace_file {path}: its directory does not exist")
+        if self.path.is_dir():
+            raise ValueError(f"trace_file {path} is a directory")
         self._engine_id = engine_id
         self._service_name = service_name
         self._max_steps = max_steps

@@ -157,6 +157,12 @@ class Tracing:
             self._export.close()
         if self._file is None:
             return
+        if not len(self._file):
+            _logger.warning(
+                "the trace file %s has no step: none ended (a program without an optimizer has "
+                "steps by ONECAST_STEP=collectives:N, or by Session.step)",
+                self._file.path,
+            )
         try:
             self._file.write(self._spans)
         except OSError as error:

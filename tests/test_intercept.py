@@ -586,3 +586,32 @@ def test_bus_bytes_follow_nccl_tests() -> None:
     assert bus_factor("all_to_all_single", 2) == 0.5
     assert bus_factor("broadcast", 4) == bus_factor("send", 4) == 1.0
     assert bus_factor("barrier", 4) == bus_factor("all_reduce", 1) == 0.0
+
+
+def _begin_again(rank: int) -> list[tuple[str, int]]:
+    import torch
+    import torch.distributed as dist
+
+    recording = Recording(rank)
+    store = dist.distributed_c10d._get_default_store()
+    for _ in range(3):
+        dist.all_reduce(torch.ones(4))
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=2)
+    dist.all_reduce(torch.ones(4))
+    names = recording.reader.names
+    found = [
+        (names[layout.meta_group(row[layout.META])], row[layout.SEQUENCE])
+        for row in recording.rows()
+    ]
+    recording.close()
+    return found
+
+
+def test_groups_that_begin_again_by_the_same_name_are_told_apart() -> None:
+    first, second = run_ranks(_begin_again, 2)
+    assert first == second
+    assert [number for _, number in first] == [1, 2, 3, 1]
+    names = [name for name, _ in first]
+    assert len(set(names[:3])) == 1 and names[3] != names[0]
+    assert group_label(names[3]) == group_label(names[0])

@@ -74,6 +74,8 @@ def test_a_variable_that_cannot_be_is_named_with_its_value(name: str, value: str
     [
         {"trace_one_in": -1},
         {"hang_s": -0.5},
+        {"hang_s": float("inf")},
+        {"trace_skew_s": float("nan")},
         {"auto_step": "collectives:0"},
         {"ring_records": 1000},
         {"otlp_protocol": "http/json"},

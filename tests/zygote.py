@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ import torch.distributed as dist
 
 STARTED_S = 60.0  # what importing torch may take on a busy machine
 _PR_SET_PDEATHSIG = 1
+_GROUP_TIMEOUT = timedelta(seconds=12)
 
 
 @dataclass
@@ -228,7 +230,10 @@ def be_rank(
             faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
             torch.set_num_threads(1)
             store = dist.TCPStore("127.0.0.1", port, is_master=False)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+            # Gloo may still be connecting to a rank that is killed, and waits for all of this then.
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=_GROUP_TIMEOUT
+            )
             result = "returned", function(rank, *args)
             code = 0
     except BaseException:
