@@ -131,6 +131,7 @@ def test_four_choices_equal_four_seeded_runs_and_share_their_prompt() -> None:
         assert outcome.free_at_end == (case.num_blocks, case.num_host_blocks)
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_take_one_broadcast_each_but_for_growth(
     checkpoints: dict[str, Path],
 ) -> None:
