@@ -53,8 +53,9 @@ lint: install ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## measure the step broadcast (ARGS="--quick --json FILE")
+bench: install ## measure the step broadcast, and what telemetry costs (ARGS="--quick")
 	$(BIN)/onecast bench comm $(ARGS)
+	$(BIN)/onecast bench telemetry $(ARGS)
 
 # No set-up: it is for machines that have torch and no network.
 gpu-check: ## the tests and benchmarks that need a GPU (ARGS="--json FILE")
