@@ -10,7 +10,7 @@ function el(tag, attributes, ...children) {
 }
 
 // A name that a program gave: it may be long, hold markup or run from right to left.
-const name = (text) => el("bdi", { title: text }, visible(text));
+const name = (text) => el("bdi", { title: text }, ...visible(text).split(/(?<=[._/:])/).flatMap((part, i) => (i ? [el("wbr"), part] : [part])));
 
 // Control and formatting characters shown as what they are.
 const visible = (text) => text.replace(/[\u0000-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,

@@ -93,7 +93,7 @@ class Timeline {
 
   drawAxis(height) {
     const { pen, paint } = this;
-    const rough = ((this.to - this.from) / this.room) * 90;
+    const rough = ((this.to - this.from) / this.room) * (this.room < 500 ? 60 : 90); // pixels from one to the next
     const power = 10 ** Math.floor(Math.log10(Math.max(1, rough)));
     const every = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough) || power * 10;
     pen.textAlign = "center";
@@ -171,7 +171,10 @@ class Timeline {
     }
     if (bar.flags & LAST && end - x > 2.5) this.markLast(x, y, Math.min(5, (end - x) / 2));
     const [left, right] = [Math.max(waited, this.gutter), Math.min(end, this.gutter + this.room)];
-    if (right - left > 44 && height > 10 && called - x < 1) this.write(bar.op, left + 7, y + height / 2 + 0.5, right - left - 9, this.paint["on-bar"]);
+    if (right - left > 44 && height > 10 && called - x < 1) {
+      pen.globalAlpha = 1; // what is written can be read, on a faint bar too
+      this.write(bar.op, left + 7, y + height / 2 + 0.5, right - left - 9, dimmed ? this.paint.text : this.paint["on-bar"]);
+    }
     pen.globalAlpha = 1;
   }
 
