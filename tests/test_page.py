@@ -325,9 +325,14 @@ def test_it_fits_and_can_be_read_by_everybody(
 
 _CONTRASTS = """() => {
     const style = getComputedStyle(document.documentElement);
-    const light = (name) => {
+    const parts = (name) => {
         const hex = style.getPropertyValue(name).trim().slice(1);
-        const [r, g, b] = [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255)
+        return [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255);
+    };
+    const light = (name, faint) => { // faint: as bars that are not chosen, 45% on the lane
+        const under = parts("--lane");
+        const [r, g, b] = parts(name)
+            .map((c, i) => (faint ? 0.45 * c + 0.55 * under[i] : c))
             .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
@@ -339,6 +344,8 @@ _CONTRASTS = """() => {
     for (let i = 0; i < 8; i += 1) texts.push(["on-bar", `op${i}`]);
     for (const [text, back] of texts) // text needs 4.5
         found[text + " on " + back] = ratio(light("--" + text), light("--" + back)) / 1.5;
+    for (let i = 0; i < 8; i += 1)
+        found[`text on faint op${i}`] = ratio(light("--text"), light(`--op${i}`, true)) / 1.5;
     return found;
 }"""
 
