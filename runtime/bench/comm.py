@@ -8,20 +8,16 @@ machine meets all; between launches the machine may be another, and a ratio show
 them. A full run has at least 2,000 timed exchanges per row of one-way times.
 """
 
-import argparse
-import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from .figures import describe_machine
 from .launch import Figures, Plan, launch
 from .report import make_ratios, make_rows
 from .tables import print_report
+from .terminal import deliver, make_parser
 
 RANKS = (2, 4)
 _LAUNCHES = 3
@@ -31,9 +27,7 @@ _QUICK_STEPS = 50
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and write JSON if asked; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="onecast bench comm", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
-    parser.add_argument("--quick", action="store_true", help="one launch of few steps")
+    parser = make_parser("comm", __doc__, "one launch of few steps")
     parser.add_argument("--steps", type=int, help="timed exchanges per method and launch")
     options = parser.parse_args(argv)
     steps = options.steps
@@ -42,10 +36,7 @@ def main(argv: Sequence[str]) -> int:
     if steps < 1:
         parser.error(f"--steps is {steps}, at least 1 is needed")
     report = measure(steps, launches=1 if options.quick else _LAUNCHES, quick=options.quick)
-    print_report(report)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return deliver(report, options.json, print_report)
 
 
 def measure(steps: int, launches: int, quick: bool) -> dict[str, Any]:
@@ -61,11 +52,9 @@ def measure(steps: int, launches: int, quick: bool) -> dict[str, Any]:
             untimed, idle_s = (8, 1.0) if quick else (20, 3.0)
             figures |= launch(Plan(ranks, few, few, untimed, idle_s))
         seen.append(figures)
-    cores = len(os.sched_getaffinity(0))
-    python = f"Python {platform.python_version()}"
-    machine = f"{platform.machine()}, {cores} cores, {python}, torch {torch.__version__}, Gloo"
-    machine += f", load {load:.1f} before"
-    if cores < max(RANKS):
-        machine += f"; with {max(RANKS)} ranks, ranks that spin take a core from others"
+    notes = ["Gloo"]
+    if len(os.sched_getaffinity(0)) < max(RANKS):
+        notes.append(f"with {max(RANKS)} ranks, ranks that spin take a core from others")
+    machine = describe_machine(load, *notes)
     rows, ratios = make_rows(seen), make_ratios(seen)
     return {"bench": "comm", "machine": machine, "rows": rows, "ratios": ratios}

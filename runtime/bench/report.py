@@ -7,33 +7,23 @@ to the highest launch.
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
+from .figures import REPORTED, Row, make_figure, summarize
 from .launch import BROADCASTS, CPU, METADATA, ONE_WAY, Figures, Key
 from .methods import FLOOR, GROUP, PICKLE, RAW, RAW_AGAIN, SHM, SPINNING, steady_frame
 from .workloads import make_workload
 
-Row = dict[str, Any]
 Median = Callable[[Key], float]
 
 TWO = "two-broadcasts"
-REPORTED = "reported"
 
 
 def make_rows(launches: Sequence[Figures]) -> list[Row]:
     """One row per workload, method, ranks, mode and metric, over all launches."""
     pooled = _pool(launches)
-    return [
-        {
-            **key._asdict(),
-            "median": statistics.median(values),
-            "p99": _p99(values),
-            "n": len(values),
-        }
-        for key, values in pooled.items()
-    ]
+    return [{**key._asdict(), **summarize(values)} for key, values in pooled.items()]
 
 
 def make_ratios(launches: Sequence[Figures]) -> list[Row]:
@@ -42,11 +32,7 @@ def make_ratios(launches: Sequence[Figures]) -> list[Row]:
     ratios = []
     for name, (target, value) in _RATIOS.items():
         first, *others = [value(median) for median in medians]
-        holds = None if target == REPORTED else _holds(first, target)
-        spread = [min(others), max(others)]
-        ratios.append(
-            {"name": name, "value": first, "target": target, "holds": holds, "spread": spread}
-        )
+        ratios.append(make_figure(name, target, first, others))
     return ratios
 
 
@@ -60,22 +46,6 @@ def _pool(launches: Sequence[Figures]) -> Figures:
 
 def _medians(figures: Figures) -> Median:
     return lambda key: statistics.median(figures[key])
-
-
-def _p99(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) * 99 // 100, len(ordered) - 1)]
-
-
-def _holds(value: float, target: str) -> bool:
-    relation, number = target.split()
-    figure = float(number)
-    return {
-        ">=": value >= figure,
-        "<=": value <= figure,
-        "<": value < figure,
-        "=": value == figure,
-    }[relation]
 
 
 def one_way(method: str, mode: str = "tight", workload: str = "W2", ranks: int = 2) -> Key:

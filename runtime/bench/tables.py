@@ -3,20 +3,17 @@
 Owns their columns. Knows nothing of how a figure came about.
 """
 
-from collections.abc import Sequence
-
-from rich.console import Console
 from rich.table import Table
 
+from .figures import Row
 from .launch import ANY_READER, BROADCASTS, BYTES, CPU, METADATA, ONE_WAY, SENDER, Key
-from .report import Row, one_way
+from .report import one_way
+from .terminal import make_figure_table, open_console
 
 
 def print_report(report: Row) -> None:
     """All tables; where no terminal says how wide it is, lines of 120 characters."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = open_console()
     by_key = {Key(*(row[field] for field in Key._fields)): row for row in report["rows"]}
     tables = dict.fromkeys((key.ranks, key.mode) for key in by_key if key.metric == ONE_WAY)
     for ranks, mode in tables:
@@ -36,7 +33,7 @@ def print_report(report: Row) -> None:
             f"fewer bytes alone {fewer_bytes:.1f}x: "
             f"{percent:.0f}% of the gain comes from fewer broadcasts"
         )
-    console.print(_ratio_table(report["ratios"]))
+    console.print(make_figure_table("Figures", report["ratios"]))
     console.print(report["machine"])
 
 
@@ -86,15 +83,4 @@ def _ablation_table(rows: dict[Key, Row]) -> Table:
                 for metric in (BYTES, METADATA)
             ]
             table.add_row(workload, metadata, *cells, f"{steady[0]:g} ({steady[1]:g})")
-    return table
-
-
-def _ratio_table(ratios: Sequence[Row]) -> Table:
-    table = Table(title="Figures")
-    for column in ("name", "value", "low", "high", "target", "holds"):
-        table.add_column(column, no_wrap=column == "name")
-    for ratio in ratios:
-        numbers = [f"{number:.2f}" for number in (ratio["value"], *ratio["spread"])]
-        holds = {True: "yes", False: "no", None: ""}[ratio["holds"]]
-        table.add_row(ratio["name"], *numbers, ratio["target"], holds)
     return table

@@ -8,10 +8,7 @@ Whatever is compared takes turns inside one launch. Between launches the machine
 a figure shows its spread over them.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,14 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
+from .figures import describe_machine
 from .telemetry_coverage import coverage, measure_coverage
 from .telemetry_node import NodePlan, measure_export, measure_metrics_only, measure_scrape
 from .telemetry_receiver import Receiver
 from .telemetry_record import RecordPlan, measure_record
 from .telemetry_report import make_ratios, make_row, print_report
 from .telemetry_steps import StepPlan, measure_naive, measure_steps
+from .terminal import deliver, make_parser
 
 
 class Plan(NamedTuple):
@@ -71,17 +68,10 @@ class _Launch:
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and write JSON if asked; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="onecast bench telemetry", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
-    parser.add_argument("--quick", action="store_true", help="one short launch, under a minute")
+    parser = make_parser("telemetry", __doc__, "one short launch, under a minute")
     options = parser.parse_args(argv)
     report = measure(QUICK if options.quick else FULL)
-    print_report(report)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return deliver(report, options.json, print_report)
 
 
 def measure(plan: Plan) -> dict[str, Any]:
@@ -94,16 +84,13 @@ def measure(plan: Plan) -> dict[str, Any]:
             progress = f"launch {number + 1} of {plan.launches}, {name}"
             print(progress, file=sys.stderr, flush=True)
             part(plan, launches[-1])
-    cores = len(os.sched_getaffinity(0))
-    machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}"
-    machine += f", torch {torch.__version__}, Gloo, load {load:.1f} before"
     pooled: dict[str, list[float]] = {}
     for launch in launches:
         for metric, values in launch.values.items():
             pooled.setdefault(metric, []).extend(values)
     return {
         "bench": "telemetry",
-        "machine": machine,
+        "machine": describe_machine(load, "Gloo"),
         "rows": [make_row(metric, values) for metric, values in pooled.items()],
         "ratios": make_ratios([launch.figures for launch in launches]),
         "not_recorded": sorted({name for launch in launches for name in launch.not_recorded}),

@@ -4,18 +4,13 @@ Owns the names and targets. A figure is the median over launches, its spread fro
 highest of them; with one launch they are the same.
 """
 
-import operator
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from rich.console import Console
-from rich.table import Table
+from .figures import REPORTED, Row, make_figure, summarize
+from .terminal import make_figure_table, open_console
 
-Row = dict[str, Any]
 Launch = Mapping[str, float]  # one value per figure
-
-REPORTED = "reported"
 
 # name: (target, what it is)
 FIGURES: dict[str, tuple[str, str]] = {
@@ -37,13 +32,6 @@ FIGURES: dict[str, tuple[str, str]] = {
     "scrape_series": (REPORTED, "lines of that answer"),
 }
 
-_RELATIONS: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "=": operator.eq,
-}
-
 
 def make_ratios(launches: Sequence[Launch]) -> list[Row]:
     """Every figure that a launch has: name, value, target, holds and spread."""
@@ -52,58 +40,20 @@ def make_ratios(launches: Sequence[Launch]) -> list[Row]:
         values = [launch[name] for launch in launches if name in launch]
         if not values:
             continue
-        value = statistics.median(values)
-        ratios.append(
-            {
-                "name": name,
-                "value": value,
-                "target": target,
-                "holds": _holds(value, target),
-                "spread": [min(values), max(values)],
-            }
-        )
+        ratios.append(make_figure(name, target, statistics.median(values), values))
     return ratios
-
-
-def _holds(value: float, target: str) -> bool | None:
-    if target == REPORTED:
-        return None
-    relation, number = target.split()
-    return _RELATIONS[relation](value, float(number))
 
 
 def make_row(metric: str, values: Sequence[float]) -> Row:
     """Median, p99 and number of what was measured, as the report's `rows` have it."""
-    ordered = sorted(values)
-    return {
-        "metric": metric,
-        "median": statistics.median(ordered),
-        "p99": ordered[min(len(ordered) * 99 // 100, len(ordered) - 1)],
-        "n": len(ordered),
-    }
+    return {"metric": metric, **summarize(values)}
 
 
 def print_report(report: Row) -> None:
     """The table; where no terminal says how wide it is, lines of 120 characters."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    table = Table(title="Telemetry")
-    table.add_column("name", no_wrap=True)
-    for column in ("value", "low", "high", "target"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("what it is")
-    for ratio in report["ratios"]:
-        numbers = [_short(number) for number in (ratio["value"], *ratio["spread"])]
-        verdict = {True: "met", False: "missed", None: ""}[ratio["holds"]]
-        what = FIGURES[ratio["name"]][1]
-        table.add_row(ratio["name"], *numbers, ratio["target"], verdict, what)
-    console.print(table)
+    console = open_console()
+    texts = {name: text for name, (_, text) in FIGURES.items()}
+    console.print(make_figure_table("Telemetry", report["ratios"], texts))
     for case in report["not_recorded"]:
         console.print(f"not recorded: {case}", markup=False)
     console.print(report["machine"])
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
