@@ -183,5 +183,5 @@ class Harness:
         gauges = scheduler.gauges
         assert gauges.used_blocks == gauges.used_host_blocks == 0
         assert gauges.waiting == gauges.running == gauges.swapped == 0
-        assert not scheduler._requests and not len(scheduler._forks)
+        assert not scheduler.queues.requests and not scheduler.queues.forks
         assert not scheduler.blocks._host_twin and not scheduler.blocks._device_twin

@@ -1,0 +1,81 @@
+"""The sequences of all unfinished requests, by what they wait for.
+
+Owns the queues and the moves between them, with the status that says in which of them a sequence
+is. Decides nothing: who moves is up to `scheduler.py` and `progress.py`, blocks are no matter here.
+"""
+
+from collections import deque
+
+from .forks import Forks
+from .request import Request, Sequence, Status
+
+
+class Queues:
+    """Every unfinished sequence is in exactly one of `waiting`, `running`, `swapped`, `forks`."""
+
+    __slots__ = ("_arrivals", "forks", "requests", "running", "swapped", "waiting")
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}  # those with an unfinished sequence
+        self.waiting: deque[Sequence] = deque()  # recomputations, then new ones as they came
+        self.running: list[Sequence] = []
+        self.swapped: deque[Sequence] = deque()  # as they left
+        self.forks = Forks()
+        self._arrivals = 0
+
+    def add(self, request: Request) -> None:
+        """A new request, last in line; ValueError if its id is that of an unfinished one."""
+        if request.request_id in self.requests:
+            raise ValueError(
+                f"request id {request.request_id!r} is in use by an unfinished request"
+            )
+        self.requests[request.request_id] = request
+        for sequence in request.sequences:
+            sequence.arrival = self._arrivals
+            self._arrivals += 1
+        self.waiting.append(self.forks.add(request))
+
+    def enter(self, sequence: Sequence) -> None:
+        """Onto the device, from no queue."""
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+
+    def leave_to_host(self, sequence: Sequence) -> None:
+        """Off the device, to return after those that left before."""
+        self.running.remove(sequence)
+        sequence.status = Status.SWAPPED
+        self.swapped.append(sequence)
+
+    def leave_to_recompute(self, sequence: Sequence) -> None:
+        """Off the device, to begin anew before all that wait."""
+        self.running.remove(sequence)
+        self._wait_first(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """Out of whatever queue it is in; its request goes with the last of its sequences."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.SWAPPED:
+            self.swapped.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        successor = self.forks.remove(sequence)
+        if successor is not None:
+            self._wait_first(successor)
+        if sequence.request.finished:
+            del self.requests[sequence.request.request_id]
+
+    def places_with(self, sequence: Sequence) -> int:
+        """How many sequences would be on the device with this one, once all have forked."""
+        taken = self.forks.places(self.running) if self.forks else len(self.running)
+        return taken + self.forks.places([sequence])
+
+    @property
+    def num_waiting(self) -> int:
+        """With the choices that wait for the prompt of their request."""
+        return len(self.waiting) + len(self.forks)
+
+    def _wait_first(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self.waiting.appendleft(sequence)
