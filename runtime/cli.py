@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .config import add_run_options, run_config
 
-BENCHES = ("comm", "telemetry")
+BENCHES = ("comm", "telemetry", "blocks")
 
 # For any torch.distributed program: command, its module in onecast.telemetry, what it does.
 _TELEMETRY = {
@@ -97,13 +97,8 @@ def _demo_defaults() -> dict[str, object]:
 
 
 def _bench(what: str, argv: list[str]) -> int:
-    if what == "telemetry":
-        from .bench import telemetry
-
-        return telemetry.main(argv)
-    from .bench import comm
-
-    return comm.main(argv)
+    bench = import_module(f"onecast.runtime.bench.{what}")
+    return int(bench.main(argv))
 
 
 def _telemetry(name: str, argv: Sequence[str]) -> int:
