@@ -1,0 +1,93 @@
+"""One Triton kernel that copies scattered rows of bytes, between device memory and page-locked
+host memory or within the device.
+
+Owns how such a copy is split over programs. Knows nothing of blocks, streams or steps. Imports
+triton: to be imported where it is needed, by callers that can do without.
+
+    source row --+                                             +-- destination row
+                 |   pairs[i] = (source row, destination row)  |
+    [ tile 0 | tile 1 | ... | tile T-1 ]    ==>    [ tile 0 | tile 1 | ... | tile T-1 ]
+
+The n * T tiles of a call are taken in turn by a bounded number of programs: few where the other
+side is the host, whose link a handful of multiprocessors fill, so that what runs beside keeps the
+rest; many within the device. A GPU reads and writes page-locked host memory at its own address
+(Triton takes the tensor as it is, triton-lang/triton#1197), so both directions are one kernel.
+"""
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+TILE_BYTES = 16384  # 64 of each thread: four accesses of 16 bytes under way at once
+NUM_WARPS = 8
+HOST_PROGRAMS = 32  # 512 KiB under way: several times what a link holds in the time of a round trip
+DEVICE_PROGRAMS_PER_MULTIPROCESSOR = 8  # all that fit: this one runs alone
+
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+# Whatever changes from call to call is kept out of what a kernel is compiled for.
+@triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator]
+def _move_rows(  # type: ignore[no-untyped-def]
+    source,
+    destination,
+    pairs,
+    num_tiles,
+    WORDS: tl.constexpr,  # of a row
+    TILES: tl.constexpr,  # of a row
+    TILE: tl.constexpr,  # words of a tile
+):
+    within = tl.arange(0, TILE)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        pair = pairs + 2 * (tile // TILES)
+        # int64, as the pairs are: a pool may have more than 2 ** 31 words.
+        from_row = source + tl.load(pair) * WORDS
+        to_row = destination + tl.load(pair + 1) * WORDS
+        words = (tile % TILES) * TILE + within
+        # Each byte is read and written once: it should not push out what the forward will need.
+        if WORDS % TILE == 0:
+            moved = tl.load(from_row + words, eviction_policy="evict_first")
+            tl.store(to_row + words, moved, eviction_policy="evict_first")
+        else:
+            inside = words < WORDS
+            moved = tl.load(from_row + words, mask=inside, eviction_policy="evict_first")
+            tl.store(to_row + words, moved, mask=inside, eviction_policy="evict_first")
+
+
+def as_words(rows: Tensor) -> Tensor:
+    """`rows`, uint8 [n, bytes of a row], as the widest words that divide a row: [n, words]."""
+    row_bytes = rows.shape[1]
+    size = next(size for size in _WORDS if row_bytes % size == 0)
+    return rows.view(_WORDS[size])
+
+
+def host_programs(device: torch.device) -> int:
+    """How many programs move rows between `device` and the host."""
+    return min(HOST_PROGRAMS, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def device_programs(device: torch.device) -> int:
+    """How many programs move rows within `device`."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count * DEVICE_PROGRAMS_PER_MULTIPROCESSOR
+
+
+def move_rows(source: Tensor, destination: Tensor, pairs: Tensor, programs: int) -> None:
+    """Copy row `pairs[i, 0]` of `source` to row `pairs[i, 1]` of `destination`, for all i.
+
+    On the current stream, in any order: no row is a destination twice or both source and
+    destination. `source` and `destination` are of one dtype and [n, words] each (`as_words`), in
+    the device's memory or page-locked; they may be the same. `pairs` is int64 [n, 2] in the
+    device's memory.
+    """
+    words = source.shape[1]
+    assert words == destination.shape[1] and source.dtype == destination.dtype
+    tile = min(TILE_BYTES // source.element_size(), triton.next_power_of_2(words))
+    tiles = triton.cdiv(words, tile)
+    num_tiles = len(pairs) * tiles
+    if num_tiles:
+        grid = (min(programs, num_tiles),)
+        _move_rows[grid](
+            source, destination, pairs, num_tiles, words, tiles, tile, num_warps=NUM_WARPS
+        )
