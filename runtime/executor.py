@@ -26,9 +26,12 @@ class StepExecutor:
     def execute(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Run one step; `inputs` is the step's frame as `step.prepare_inputs` lays it out.
 
-        Returns the float32 logits `[num_rows, vocab_size]` on the driver, None elsewhere.
+        Returns the float32 logits `[num_rows, vocab_size]` on the driver, None elsewhere, and
+        None for a step without sequences, which only moves blocks.
         """
         self._kv_cache.apply(inputs, self._observer.phase)
+        if not inputs["seq_lens"].shape[0]:
+            return None
         with self._observer.phase("model.forward"):
             return self._model.forward(inputs, self._kv_cache)
 

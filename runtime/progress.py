@@ -2,6 +2,10 @@
 
 Owns the end of sequences for whatever reason. Knows the queues and the blocks, as far as forking
 and ending touch them; who computes what next is up to `scheduler.py`.
+
+A step changes sequences twice: `advance` once it is published, when everything but the drawn tokens
+is certain; `commit` when these are known. In between each of them is a PLACEHOLDER, and the next
+step can be planned: a draft. What has ended by the time a draft is published, `prune` takes out.
 """
 
 from collections.abc import Collection
@@ -9,7 +13,7 @@ from collections.abc import Collection
 from .block_manager import BlockManager
 from .counters import Counters
 from .queues import Queues
-from .request import SampledToken, Sequence, Status
+from .request import PLACEHOLDER, SampledToken, Sequence, Status
 from .step import ScheduledSequence, StepPlan
 
 
@@ -27,29 +31,80 @@ class Progress:
         self._blocks = blocks
         self._counters = counters
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._advanced: StepPlan | None = None  # its tokens are not known yet
+        self._any_ended = False  # since then
+
+    def advance(self, plan: StepPlan) -> None:
+        """As `Scheduler.advance`."""
+        assert self._advanced is None, f"step {plan.step}: the tokens of the last one are missing"
+        self._advanced = plan
+        self._any_ended = False
+        for entry in plan.scheduled:
+            self._advance(entry)
+        for sequence in plan.samples:
+            if sequence.status is not Status.RUNNING:  # it ended while the workers computed
+                continue
+            sequence.token_ids.append(PLACEHOLDER)
+            if len(sequence.output) + 1 >= sequence.request.params.max_tokens:
+                self._blocks.free(sequence)
+                self._queues.leave_to_end(sequence)
 
     def commit(self, plan: StepPlan, tokens: list[SampledToken]) -> list[Sequence]:
         """As `Scheduler.commit`."""
         assert len(tokens) == len(plan.samples), f"{len(tokens)} of {len(plan.samples)} tokens"
-        for entry in plan.scheduled:
-            self._advance(entry)
+        if self._advanced is not plan:
+            self.advance(plan)
+        self._advanced = None
+        eos_token_ids = self._eos_token_ids
         finished = []
         for sequence, token in zip(plan.samples, tokens, strict=True):
-            if sequence.status is not Status.RUNNING:
+            token_ids = sequence.token_ids
+            if token_ids[-1] != PLACEHOLDER:  # it ended while the workers computed
                 continue
-            sequence.token_ids.append(token.token_id)
+            token_id = token.token_id
+            token_ids[-1] = token_id
             sequence.output.append(token)
             self._counters.generated_tokens += 1
-            reason = self._end_reason(sequence, token.token_id)
-            if reason is not None:
-                self.finish(sequence, reason)
-                finished.append(sequence)
+            params = sequence.request.params
+            if (token_id in eos_token_ids and not params.ignore_eos) or (
+                token_id in params.stop_token_ids
+            ):
+                self.finish(sequence, "stop")
+            elif sequence.status is Status.ENDING:
+                self.finish(sequence, "length")
+            else:
+                continue
+            finished.append(sequence)
         return finished
+
+    def prune(self, plan: StepPlan) -> bool:
+        """As `Scheduler.prune`."""
+        if not self._any_ended:
+            return False
+        ended = {s for s in plan.samples if s.status is Status.FINISHED}
+        ended.update(e.sequence for e in plan.scheduled if e.sequence.status is Status.FINISHED)
+        if not ended:
+            return False
+        rows = [entry.sequence for entry in plan.scheduled if entry.samples]
+        left = [row for row, sequence in enumerate(rows) if sequence not in ended]
+        new_rows = {row: number for number, row in enumerate(left)}
+        draws = [
+            (sequence, new_rows[row])
+            for sequence, row in zip(plan.samples, plan.sample_rows, strict=True)
+            if sequence not in ended and row in new_rows
+        ]
+        plan.scheduled = [entry for entry in plan.scheduled if entry.sequence not in ended]
+        plan.samples = [sequence for sequence, _ in draws]
+        plan.sample_rows = [row for _, row in draws]
+        return True
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """As `Scheduler.finish`."""
         if sequence.status is Status.FINISHED:
             return
+        if sequence.token_ids[-1] == PLACEHOLDER:
+            sequence.token_ids.pop()  # nobody will wait for that token
+        self._any_ended = True
         self._blocks.free(sequence)
         sequence.finish_reason = reason
         self._queues.end(sequence)
@@ -75,13 +130,3 @@ class Progress:
             for child in self._queues.forks.pop(sequence):
                 self._blocks.fork(sequence, child)
                 self._queues.enter(child)
-
-    def _end_reason(self, sequence: Sequence, token_id: int) -> str | None:
-        params = sequence.request.params
-        if token_id in self._eos_token_ids and not params.ignore_eos:
-            return "stop"
-        if token_id in params.stop_token_ids:
-            return "stop"
-        if len(sequence.output) >= params.max_tokens:  # admission: never beyond max_model_len
-            return "length"
-        return None

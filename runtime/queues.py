@@ -11,7 +11,10 @@ from .request import Request, Sequence, Status
 
 
 class Queues:
-    """Every unfinished sequence is in exactly one of `waiting`, `running`, `swapped`, `forks`."""
+    """Every unfinished sequence is in exactly one of `waiting`, `running`, `swapped`, `forks`.
+
+    But for those that are ENDING: only their request is still here.
+    """
 
     __slots__ = ("_arrivals", "forks", "requests", "running", "swapped", "waiting")
 
@@ -51,6 +54,11 @@ class Queues:
         self.running.remove(sequence)
         self._wait_first(sequence)
 
+    def leave_to_end(self, sequence: Sequence) -> None:
+        """Off the device for good, while its last token is being drawn."""
+        self.running.remove(sequence)
+        sequence.status = Status.ENDING
+
     def end(self, sequence: Sequence) -> None:
         """Out of whatever queue it is in; its request goes with the last of its sequences."""
         if sequence.status is Status.RUNNING:
@@ -70,6 +78,11 @@ class Queues:
         """How many sequences would be on the device with this one, once all have forked."""
         taken = self.forks.places(self.running) if self.forks else len(self.running)
         return taken + self.forks.places([sequence])
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence has tokens to compute yet."""
+        return bool(self.running or self.waiting or self.swapped)
 
     @property
     def num_waiting(self) -> int:

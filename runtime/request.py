@@ -7,6 +7,10 @@ Owns what a request asks for (`SamplingParams`), and the state of each of its `n
 import enum
 from dataclasses import dataclass, field
 
+# Stands in `Sequence.token_ids`, as the last of them, for a token that is being drawn: so the next
+# step can be planned before it is known.
+PLACEHOLDER = -1
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -42,6 +46,7 @@ class Status(enum.Enum):
     FORKING = "forking"  # waits until sequence 0 of its request has its prompt in the cache
     RUNNING = "running"  # holds device blocks
     SWAPPED = "swapped"  # holds host blocks
+    ENDING = "ending"  # holds nothing: the last token that it may have is being drawn
     FINISHED = "finished"  # holds nothing
 
 
@@ -51,7 +56,7 @@ class Sequence:
 
     request: "Request"
     index: int  # choice number within the request, 0 .. n - 1
-    token_ids: list[int]  # prompt, then output
+    token_ids: list[int]  # prompt, then output, then perhaps a PLACEHOLDER
     status: Status = Status.WAITING
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)  # device block numbers
@@ -61,6 +66,7 @@ class Sequence:
     num_swaps: int = 0  # times swapped out
     num_recomputes: int = 0  # times preempted without room in host memory
     arrival: int = 0  # place in the order of arrival; the scheduler gives it
+    num_cached_tokens: int = 0  # of the prompt, found in the cache when it was first admitted
 
     @property
     def num_preemptions(self) -> int:

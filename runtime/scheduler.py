@@ -82,6 +82,13 @@ class Scheduler:
         self.step += 1
         return plan
 
+    def advance(self, plan: StepPlan) -> None:
+        """Account for a published step but for its tokens, so that the next can be scheduled.
+
+        `commit` does it where the caller has not.
+        """
+        self._progress.advance(plan)
+
     def commit(self, plan: StepPlan, tokens: list[SampledToken]) -> list[Sequence]:
         """Account for a step that the workers have done; the sequences that it finished.
 
@@ -90,6 +97,18 @@ class Scheduler:
         plan was made are passed over.
         """
         return self._progress.commit(plan, tokens)
+
+    def prune(self, plan: StepPlan) -> bool:
+        """Take sequences that have ended out of a plan not published yet; True if there were any.
+
+        Its moves stay: the blocks they fill are free from the step after it on. Where none are
+        left either, the plan need not be carried out, and its number is the next one's.
+        """
+        pruned = self._progress.prune(plan)
+        if pruned and plan.empty:
+            assert self.step == plan.step + 1, f"step {self.step - 1} has been scheduled already"
+            self.step = plan.step
+        return pruned
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence in whatever state it is and free its blocks; no effect if it has ended."""

@@ -16,9 +16,12 @@ from .request import Sequence
 __all__ = ["BlockOps", "ScheduledSequence", "StepPlan", "prepare_inputs"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ScheduledSequence:
-    """A sequence's part of a step: its next `num_new_tokens` tokens not in the cache yet."""
+    """A sequence's part of a step: its next `num_new_tokens` tokens not in the cache yet.
+
+    One that goes on decoding has the same entry in every step; entries are not changed.
+    """
 
     sequence: Sequence
     num_new_tokens: int
@@ -38,6 +41,12 @@ class StepPlan:
     block_ops: BlockOps = field(default_factory=BlockOps)
     samples: list[Sequence] = field(default_factory=list)
     sample_rows: list[int] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do for any rank."""
+        ops = self.block_ops
+        return not (self.scheduled or ops.swap_out or ops.swap_in or ops.copy)
 
 
 def prepare_inputs(plan: StepPlan, block_size: int) -> dict[str, Any]:
