@@ -1,24 +1,31 @@
 """The paged KV cache of one rank: a device pool, a host pool, and moving blocks between them.
 
 Owns the two pools, their layout, and the order of moves inside a step. Which block holds what is
-the block manager's business.
+the block manager's business; how bytes move is its `BlockMover`'s.
 
     pool [num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim]
 
 One block of all layers is contiguous, so that it moves in one piece.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .memory import available_host_bytes
+from .block_mover import BlockMover, Pairs
+from .block_runs import check_range, host_pairs
+from .host_mover import HostMover
+from .pool_memory import check_room, zeros
+
+MakeMover: TypeAlias = Callable[[Tensor, Tensor], BlockMover]
+
+_KINDS = ("swap_out", "swap_in", "copy")
+_NO_PAIRS: Pairs = np.empty((0, 2), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,13 @@ class KVCache:
         num_host_blocks: int,
         block_size: int,
         device: torch.device | str,
+        make_mover: MakeMover | None = None,
     ) -> None:
-        """Raise ValueError where a size is not positive or memory does not hold the pools."""
+        """Raise ValueError where a size is not positive or memory does not hold the pools.
+
+        `make_mover` makes what moves the blocks, from the device's and the host's pool as rows of
+        bytes, uint8 [blocks, bytes per block]; by default the one for `device`.
+        """
         for name, value, least in (
             ("num_blocks", num_blocks, 1),
             ("num_host_blocks", num_host_blocks, 0),
@@ -62,22 +74,23 @@ class KVCache:
         self.device = torch.device(device)
         block_shape = (spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
         block_bytes = self.bytes_per_block(spec, block_size)
-        host = torch.device("cpu")
-        _check_room((self.device, num_blocks * block_bytes), (host, num_host_blocks * block_bytes))
-        # Zeros, not empty: a slot that was never written may be read under a mask, where a NaN
-        # would survive being multiplied by zero.
-        self.device_pool = torch.zeros(num_blocks, *block_shape, dtype=spec.dtype, device=device)
-        self.host_pool = _host_zeros(
-            (num_host_blocks, *block_shape), spec.dtype, pinned=self.device.type == "cuda"
-        )
+        host, cuda = torch.device("cpu"), self.device.type == "cuda"
+        check_room((self.device, num_blocks * block_bytes), (host, num_host_blocks * block_bytes))
+        self.device_pool = zeros((num_blocks, *block_shape), spec.dtype, self.device)
+        self.host_pool = zeros((num_host_blocks, *block_shape), spec.dtype, host, locked=cuda)
         self.layers = [
             (self.device_pool[:, layer, 0], self.device_pool[:, layer, 1])
             for layer in range(spec.num_layers)
         ]
         self._gathered = torch.empty(2, 0, *block_shape[2:], dtype=spec.dtype, device=device)
-        self._moves = (("swap_out", self.swap_out), ("swap_in", self.swap_in), ("copy", self.copy))
-        self._device_rows = _rows(self.device_pool, self.device)
-        self._host_rows = _rows(self.host_pool, self.device)
+        make_mover = make_mover or _mover_class(self.device)
+        self._mover = make_mover(_rows(self.device_pool), _rows(self.host_pool))
+        self._limits = {
+            "swap_out": (num_blocks, num_host_blocks),
+            "swap_in": (num_host_blocks, num_blocks),
+            "copy": (num_blocks, num_blocks),
+        }
+        self._step = 0  # of the latest moves
 
     @staticmethod
     def bytes_per_block(spec: CacheSpec, block_size: int) -> int:
@@ -109,77 +122,78 @@ class KVCache:
     ) -> None:
         """Carry out a step's `swap_out`, then `swap_in`, then `copy`: int64 [n, 2] each.
 
-        Each that has anything to do runs inside `phase("kv.swap_out")` and so on.
+        Each that has anything to do runs inside `phase("kv.swap_out")` and so on. `step` of the
+        mapping is the step's number. Swaps of steps up to `swaps_awaited` are over before the
+        copies and whatever follows on the current stream; where that is missing, all are.
+
+        The pairs of one kind may be carried out in any order: see the rules of `block_ops.py`.
+        AssertionError, before any block is moved, where a pair leaves a pool.
         """
-        for name, move in self._moves:
-            pairs = mapping[name]
-            if len(pairs):
-                with phase(f"kv.{name}"):
-                    move(pairs)
+        step = self._step = mapping["step"]
+        checked = {kind: self._checked(kind, mapping[kind]) for kind in _KINDS}
+        if len(checked["swap_out"]):
+            with phase("kv.swap_out"):
+                self._mover.swap_out(step, checked["swap_out"])
+        if len(checked["swap_in"]):
+            with phase("kv.swap_in"):
+                self._mover.swap_in(step, checked["swap_in"])
+        self._mover.wait(mapping.get("swaps_awaited", step))
+        if len(checked["copy"]):
+            with phase("kv.copy"):
+                self._mover.copy(checked["copy"])
 
     def swap_out(self, pairs: Any) -> None:
-        """Copy blocks from the device to the host: pairs (device block, host block)."""
-        _move(self._device_rows, self._host_rows, pairs)
+        """Copy blocks from the device to the host: pairs (device block, host block).
+
+        In any order or at once: no host block may be named twice. Comes before whatever follows
+        on the current stream. AssertionError, before any is moved, where a pair leaves a pool.
+        """
+        checked = self._checked("swap_out", pairs)
+        if len(checked):
+            self._mover.swap_out(self._step, checked)
+            self._mover.wait(self._step)
 
     def swap_in(self, pairs: Any) -> None:
-        """Copy blocks from the host to the device: pairs (host block, device block)."""
-        _move(self._host_rows, self._device_rows, pairs)
+        """Copy blocks from the host to the device: pairs (host block, device block).
+
+        As `swap_out`; no device block may be named twice.
+        """
+        checked = self._checked("swap_in", pairs)
+        if len(checked):
+            self._mover.swap_in(self._step, checked)
+            self._mover.wait(self._step)
 
     def copy(self, pairs: Any) -> None:
-        """Copy blocks within the device: pairs (source, destination), one after the other."""
-        _move(self._device_rows, self._device_rows, pairs)
+        """Copy blocks within the device: pairs (source, destination).
+
+        In any order or at once: no block may be a destination twice, nor both source and
+        destination. AssertionError, before any is moved, where a pair leaves the pool.
+        """
+        checked = self._checked("copy", pairs)
+        if len(checked):
+            self._mover.wait(self._step)  # for what a step left under way
+            self._mover.copy(checked)
+
+    def close(self) -> None:
+        """Return once no swap is under way any more; the cache is not used afterwards."""
+        self._mover.close()
+
+    def _checked(self, kind: str, pairs: Any) -> Pairs:
+        if not len(pairs):
+            return _NO_PAIRS
+        checked = host_pairs(pairs)
+        check_range(kind, checked, *self._limits[kind])
+        return checked
 
 
-def _rows(pool: Tensor, device: torch.device) -> Any:
-    """The pool as one row of bytes per block.
-
-    A numpy array where both pools are on the CPU: assigning a row is then one memcpy, without the
-    3 us that indexing and `copy_` of torch add.
-    """
-    flat = pool.view(pool.shape[0], pool.stride(0)).view(torch.uint8)
-    return flat.numpy() if device.type == "cpu" else flat
+def _rows(pool: Tensor) -> Tensor:
+    """The pool as one row of bytes per block."""
+    return pool.view(pool.shape[0], pool.stride(0)).view(torch.uint8)
 
 
-def _move(source: Any, destination: Any, pairs: Any) -> None:
-    """Copy rows one after the other, so that a row may be a destination and then a source.
+def _mover_class(device: torch.device) -> MakeMover:
+    if device.type != "cuda":
+        return HostMover
+    from .cuda_mover import CudaMover  # what it needs is not there without a GPU
 
-    On a GPU every copy goes to the current stream: it comes after the kernels that wrote the
-    source and before those that will read the destination.
-    """
-    num_sources, num_destinations = source.shape[0], destination.shape[0]
-    for a, b in pairs.tolist():
-        assert 0 <= a < num_sources, f"block {a} of {num_sources} to copy from"
-        assert 0 <= b < num_destinations, f"block {b} of {num_destinations} to copy to"
-        if isinstance(destination, np.ndarray):
-            destination[b] = source[a]
-        else:
-            destination[b].copy_(source[a], non_blocking=True)
-
-
-def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    size = torch.Size(shape).numel() * dtype.itemsize
-    if pinned and size:
-        try:
-            return torch.zeros(shape, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:
-            warnings.warn(
-                f"cannot lock {size:,} bytes of host memory for "
-                f"swapped blocks, swapping will be slower: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    return torch.zeros(shape, dtype=dtype)
-
-
-def _check_room(*wanted: tuple[torch.device, int]) -> None:
-    """Raise ValueError where the pools on one device need more than it has free."""
-    needs: dict[torch.device, int] = {}
-    for device, size in wanted:
-        needs[device] = needs.get(device, 0) + size
-    for device, size in needs.items():
-        cuda = device.type == "cuda"
-        available = torch.cuda.mem_get_info(device)[0] if cuda else available_host_bytes()
-        if size > available:
-            raise ValueError(
-                f"the KV cache needs {size:,} bytes of {device} memory; {available:,} are available"
-            )
+    return CudaMover
