@@ -72,8 +72,10 @@ def run_columns(pairs: Pairs, unit: int = 1) -> tuple[Column, Column, Column]:
     For thousands of runs this is fast where a list of tuples is not: the copying goes on evicting
     those from the caches.
     """
-    if len(pairs) > _FEW_PAIRS:
-        return _columns_of_many(pairs, unit)
+    return (_few if len(pairs) <= _FEW_PAIRS else _many)(pairs, unit)
+
+
+def _few(pairs: Pairs, unit: int) -> tuple[Column, Column, Column]:
     sources: list[int] = []
     destinations: list[int] = []
     lengths: list[int] = []
@@ -89,9 +91,9 @@ def run_columns(pairs: Pairs, unit: int = 1) -> tuple[Column, Column, Column]:
     return sources, destinations, lengths
 
 
-def _columns_of_many(pairs: Pairs, unit: int) -> tuple[Column, Column, Column]:
+def _many(pairs: Pairs, unit: int) -> tuple[Column, Column, Column]:
     # Source and destination side by side in one number: sorting takes one call, and so does
-    # finding where both go up by one.
+    # finding where both go up by one. Block tables are int32, so both fit.
     keys = np.sort(pairs[:, 0] << 32 | pairs[:, 1])
     starts = np.flatnonzero(np.concatenate(([True], keys[1:] - keys[:-1] != (1 << 32) + 1)))
     lengths = np.diff(starts, append=len(keys))
