@@ -139,6 +139,11 @@ def test_every_method_moves_as_many_bytes_as_it_says(op, pattern):
         if destination is not source:
             assert moved == expected
             assert torch.equal(source.flat, noise), method
+        if method in (ONECAST, PER_LAYER, PER_LAYER_NUMPY):
+            layout = (1 if method == ONECAST else 2 * 32, 40, -1)
+            expected_at, found = noise.view(layout), destination.flat.view(layout)
+            for a, b in pools.places(pattern, 4, random.Random(3)):
+                assert torch.equal(found[:, b], expected_at[:, a]), method
         pieces = changed.view(-1, SMALL.block_bytes // (2 * 32)).any(1)
         assert int(pieces.sum()) == 4 * 2 * 32, method
 
@@ -183,13 +188,24 @@ def test_figures_are_medians_of_rounds_with_the_spread_of_launches(capsys):
     assert "4 scattered swap_in, small" in ratios["swap_cpu_vs_memcpy_lowest"]["of"]
 
 
-def test_the_tables_fit_100_columns(report, capsys):
-    blocks_report.print_report(report)
+def test_a_target_is_held_at_its_very_value():
+    assert holds(0.8, ">= 0.8") and holds(5.0, "<= 5") and holds(1, "= 1")
+    assert not holds(0.79, ">= 0.8") and not holds(5.01, "<= 5") and not holds(1.0, "< 1")
+    assert holds(3.0, "reported") is None
+
+
+def test_the_tables_fit_100_columns_and_nothing_is_cut(report, capsys):
+    """With as many counts and as large numbers as a full run may have."""
+    large = {"gb_per_s": 123.4, "of_memcpy": 1.23, "onecast_gain": 12.34}
+    rows = [{**row, **large} for row in report["rows"] if row["blocks"] == 1]
+    rows = [{**row, "blocks": count} for count in (1, 4, 16, 64, 256) for row in rows]
+    blocks_report.print_report({**report, "rows": rows})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
     for name in TARGETS:
         assert name in text
+    assert "…" not in text
     assert "small, blocks of 16 KiB" in text
 
 

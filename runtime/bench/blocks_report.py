@@ -170,7 +170,7 @@ def _gains(rows: Mapping[tuple[object, ...], Row], models: Iterable[str]) -> Tab
         cells = []
         for blocks in counts:
             pair = [rows.get((model, blocks, SCATTERED, SWAPS[0], m)) for m in _LOOPS]
-            cells.append(" / ".join(short(row["onecast_gain"]) for row in pair if row is not None))
+            cells.append("/".join(f"{row['onecast_gain']:.1f}" for row in pair if row is not None))
         table.add_row(model, *cells)
     return table
 
