@@ -1,8 +1,8 @@
 """One Triton kernel that copies scattered rows of bytes, between device memory and page-locked
 host memory or within the device.
 
-Owns how such a copy is split over programs. Knows nothing of blocks, streams or steps. Imports
-triton: to be imported where it is needed, by callers that can do without.
+Owns how such a copy is split over programs. Knows nothing of streams or steps. Imports triton: to
+be imported where it is needed, by callers that can do without.
 
     source row --+                                             +-- destination row
                  |   pairs[i] = (source row, destination row)  |
@@ -19,10 +19,13 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from .block_mover import Pairs
+from .pair_uploads import PairUploads
+
 TILE_BYTES = 16384  # 64 of each thread: four accesses of 16 bytes under way at once
 NUM_WARPS = 8
 HOST_PROGRAMS = 32  # 512 KiB under way: several times what a link holds in the time of a round trip
-DEVICE_PROGRAMS_PER_MULTIPROCESSOR = 8  # all that fit: this one runs alone
+PROGRAMS_PER_MULTIPROCESSOR = 8  # within the device: all that fit, nothing runs beside
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -62,17 +65,6 @@ def as_words(rows: Tensor) -> Tensor:
     return rows.view(_WORDS[size])
 
 
-def host_programs(device: torch.device) -> int:
-    """How many programs move rows between `device` and the host."""
-    return min(HOST_PROGRAMS, torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def device_programs(device: torch.device) -> int:
-    """How many programs move rows within `device`."""
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count * DEVICE_PROGRAMS_PER_MULTIPROCESSOR
-
-
 def move_rows(source: Tensor, destination: Tensor, pairs: Tensor, programs: int) -> None:
     """Copy row `pairs[i, 0]` of `source` to row `pairs[i, 1]` of `destination`, for all i.
 
@@ -91,3 +83,33 @@ def move_rows(source: Tensor, destination: Tensor, pairs: Tensor, programs: int)
         _move_rows[grid](
             source, destination, pairs, num_tiles, words, tiles, tile, num_warps=NUM_WARPS
         )
+
+
+class RowKernel:
+    """The kernel over the rows of two pools, uint8 [n, bytes of a row], called with pairs of rows.
+
+    On the current stream and device, which is that of `device_rows`; `host_rows` is page-locked,
+    or never swapped with.
+    """
+
+    def __init__(self, device_rows: Tensor, host_rows: Tensor) -> None:
+        self._device_rows, self._host_rows = as_words(device_rows), as_words(host_rows)
+        self._uploads = PairUploads(device_rows.device)
+        multiprocessors = torch.cuda.get_device_properties(device_rows.device).multi_processor_count
+        self._programs_of_swap = min(HOST_PROGRAMS, multiprocessors)
+        self._programs_of_copy = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+
+    def swap_out(self, pairs: Pairs) -> None:
+        """Copy rows from the device to the host."""
+        given = self._uploads.upload(pairs)
+        move_rows(self._device_rows, self._host_rows, given, self._programs_of_swap)
+
+    def swap_in(self, pairs: Pairs) -> None:
+        """Copy rows from the host to the device."""
+        given = self._uploads.upload(pairs)
+        move_rows(self._host_rows, self._device_rows, given, self._programs_of_swap)
+
+    def copy(self, pairs: Pairs) -> None:
+        """Copy rows within the device."""
+        given = self._uploads.upload(pairs)
+        move_rows(self._device_rows, self._device_rows, given, self._programs_of_copy)

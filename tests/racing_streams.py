@@ -1,0 +1,321 @@
+"""Streams that run as late and in as wild an order as CUDA allows, over memory that tells races.
+
+A helper, not a test. What is put on a stream happens when a seeded random choice comes to it, held
+back only by what precedes it there and by the events that the stream waits for. Every access to a
+row is checked against the last ones: two, of which one writes, must be ordered by streams, events
+or the host's own waiting (vector clocks), however they happened to fall this time.
+
+    host clock  --(put on a stream)-->  stream clock  --(record)-->  event  --(wait)-->  stream
+                                                                     event  --(query)--> host
+"""
+
+import contextlib
+import itertools
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+Clock = dict[str, int]
+Row = tuple[int, int]  # memory, and the row in it
+
+
+class Race(AssertionError):
+    """Two accesses to a row that nothing orders."""
+
+
+class Access(NamedTuple):
+    actor: str
+    tick: int
+    what: str
+
+    def before(self, clock: Clock) -> bool:
+        return clock.get(self.actor, 0) >= self.tick
+
+
+def join(clock: Clock, other: Clock) -> None:
+    for actor, tick in other.items():
+        clock[actor] = max(clock.get(actor, 0), tick)
+
+
+class Stream:
+    def __init__(self, machine: "Machine", name: str) -> None:
+        self.machine, self.name = machine, name
+        self.clock: Clock = {}
+        self.queue: deque[Callable[[], bool]] = deque()  # each done once it returns True
+        self.put = self.done = 0  # so many of all that ever came
+
+    def submit(self, work: Callable[[Clock], object]) -> None:
+        """`work` gets the clock of what precedes it."""
+        join(self.clock, self.machine.host)
+        self.clock[self.name] = self.put = self.put + 1
+        clock = dict(self.clock)
+
+        def step() -> bool:
+            work(clock)
+            return True
+
+        self.queue.append(step)
+
+    def wait_event(self, event: "Event") -> None:
+        self.machine.log.append(f"{self.name} waits for {event.stream and event.stream.name}")
+        if self.name in self.machine.deaf or event.stream is None:
+            return
+        join(self.clock, event.clock)
+        self.put += 1
+        stream, put = event.stream, event.put  # as recorded by now
+        self.queue.append(lambda: stream.done >= put)
+
+    def wait_stream(self, other: "Stream") -> None:
+        event = Event(self.machine)
+        event.record(other)
+        self.wait_event(event)
+
+    def synchronize(self) -> None:
+        self.machine.run_until(lambda: self.done >= self.put)
+        join(self.machine.host, self.clock)
+
+
+class Event:
+    def __init__(self, machine: "Machine") -> None:
+        self.machine = machine
+        self.stream: Stream | None = None
+        self.clock: Clock = {}
+        self.put = 0
+        machine.events_made += 1
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.stream = stream or self.machine.current
+        join(self.stream.clock, self.machine.host)
+        self.clock, self.put = dict(self.stream.clock), self.stream.put
+        self.machine.log.append(f"event on {self.stream.name}")
+
+    def query(self) -> bool:
+        over = self.stream is None or self.stream.done >= self.put
+        if over:
+            join(self.machine.host, self.clock)
+        return over
+
+    def synchronize(self) -> None:
+        if not self.query():
+            self.machine.log.append("the host waits")
+            self.machine.run_until(self.query)
+
+
+class Machine:
+    """All streams, the host, and the memory that both share."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.host: Clock = {"host": 1}
+        self.streams: list[Stream] = []
+        self.stack = [self.stream("default")]
+        self.deaf: set[str] = set()  # streams that wait for nothing: what a forgotten wait leaves
+        self.log: list[str] = []
+        self.events_made = 0
+        self.memories: dict[int, tuple[str, int]] = {}  # by address: name, bytes of a row
+        self.homes: dict[int, str] = {}  # of a tensor on the device: the stream it was made on
+        self.recorded: set[tuple[int, str]] = set()  # memory and another stream that uses it
+        self._kept: list[torch.Tensor] = []
+        self._writes: dict[Row, Access] = {}
+        self._reads: dict[Row, dict[str, Access]] = {}
+
+    @property
+    def current(self) -> Stream:
+        return self.stack[-1]
+
+    def stream(self, name: str) -> Stream:
+        self.streams.append(Stream(self, name))
+        return self.streams[-1]
+
+    def tick(self, most: int) -> None:
+        """Let up to `most` things happen."""
+        for _ in range(most):
+            heads = [stream for stream in self.streams if stream.queue]
+            self.rng.shuffle(heads)
+            if not any(self._step(stream) for stream in heads):
+                assert not heads, "every stream waits"
+                return
+
+    def _step(self, stream: Stream) -> bool:
+        if stream.queue[0]():
+            stream.queue.popleft()
+            stream.done += 1
+            return True
+        return False
+
+    def run_until(self, over: Callable[[], bool]) -> None:
+        while not over():
+            assert any(stream.queue for stream in self.streams), "nothing is under way"
+            self.tick(1)
+
+    def finish(self) -> None:
+        self.run_until(lambda: not any(stream.queue for stream in self.streams))
+
+    def abandon(self) -> None:
+        """Let nothing more happen."""
+        for stream in self.streams:
+            stream.queue.clear()
+            stream.done = stream.put
+
+    # ---- memory
+
+    def adopt(self, tensor: torch.Tensor, name: str) -> None:
+        address = tensor.untyped_storage().data_ptr()
+        self.memories[address] = (name, tensor.stride(0) * tensor.element_size())
+        self._kept.append(tensor)  # or its address would become that of another
+
+    def rows(self, tensor: torch.Tensor) -> list[Row]:
+        address = tensor.untyped_storage().data_ptr()
+        assert address in self.memories, "memory that nobody told of"
+        row_bytes = self.memories[address][1]
+        first = (tensor.data_ptr() - address) // row_bytes
+        return [(address, first + i) for i in range(len(tensor))]
+
+    def access(
+        self, actor: str, clock: Clock, reads: Sequence[Row], writes: Sequence[Row], what: str
+    ) -> None:
+        mine = Access(actor, clock[actor], what)
+        for row in (*reads, *writes):
+            last = self._writes.get(row)
+            if last is not None and not last.before(clock):
+                self._race(row, last, mine)
+        for row in writes:
+            for read in self._reads.pop(row, {}).values():
+                if not read.before(clock):
+                    self._race(row, read, mine)
+            self._writes[row] = mine
+        for row in reads:
+            self._reads.setdefault(row, {})[actor] = mine
+
+    def _race(self, row: Row, one: Access, other: Access) -> None:
+        name = self.memories[row[0]][0]
+        raise Race(f"{name} {row[1]}: {one.what} on {one.actor}, {other.what} on {other.actor}")
+
+    def host_writes(self, tensor: torch.Tensor, what: str) -> None:
+        self.host["host"] += 1
+        self.access("host", self.host, [], self.rows(tensor), what)
+
+    def submit(
+        self,
+        reads: Sequence[Row],
+        writes: Sequence[Row],
+        work: Callable[[], object],
+        what: str,
+    ) -> None:
+        """On the current stream."""
+        stream = self.current
+
+        def happen(clock: Clock) -> None:
+            self.access(stream.name, clock, reads, writes, what)
+            work()
+
+        self._check_home([row[0] for row in (*reads, *writes)])
+        stream.submit(happen)
+
+    def move_rows(
+        self, source: torch.Tensor, destination: torch.Tensor, pairs: torch.Tensor, programs: int
+    ) -> None:
+        """In the place of the kernel: which rows, it knows when it runs."""
+        assert programs > 0
+        stream, given = self.current, self.rows(pairs)
+        from_rows, to_rows = self.rows(source), self.rows(destination)
+
+        def happen(clock: Clock) -> None:
+            self.access(stream.name, clock, given, [], "kernel")
+            moved = [(a, b) for a, b in pairs.tolist() if from_rows[a] != to_rows[b]]
+            self.rng.shuffle(moved)
+            reads, writes = [from_rows[a] for a, _ in moved], [to_rows[b] for _, b in moved]
+            assert len(set(writes)) == len(writes) and not set(reads) & set(writes)
+            self.access(stream.name, clock, reads, writes, "kernel")
+            for a, b in moved:
+                destination[b] = source[a]
+
+        self._check_home([rows[0][0] for rows in (given, from_rows, to_rows) if rows])
+        self.log.append(f"kernel of {len(pairs)} on {stream.name}")
+        stream.submit(happen)
+
+    def _check_home(self, addresses: Sequence[int]) -> None:
+        name = self.current.name
+        for address in set(addresses):
+            home = self.homes.get(address, name)
+            assert home == name or (address, name) in self.recorded, (
+                f"memory of {home} would be given to others while {name} uses it"
+            )
+
+
+@contextlib.contextmanager
+def racing_streams(machine: Machine) -> Iterator[None]:
+    """`torch.cuda` is the machine; tensors that it adopted are moved by it."""
+    empty, copy, to, numpy = torch.empty, torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.numpy
+    numbers = itertools.count(1)
+
+    @contextlib.contextmanager
+    def use(stream: Stream) -> Iterator[None]:
+        machine.stack.append(stream)
+        try:
+            yield
+        finally:
+            machine.stack.pop()
+
+    def known(tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in machine.memories
+
+    def empty_(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = empty(*size, **options)
+        if pin_memory:
+            machine.adopt(made, "page-locked pairs")
+        return made
+
+    def copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if not (known(self) and known(source)):
+            return copy(self, source, non_blocking)
+        assert non_blocking, "the host would wait"
+        assert len(self) == len(source)
+        machine.log.append(f"copy of {len(self)} on {machine.current.name}")
+        machine.submit(machine.rows(source), machine.rows(self), lambda: copy(self, source), "copy")
+        return self
+
+    def to_(self: torch.Tensor, *options: Any, non_blocking: bool = False) -> torch.Tensor:
+        if not known(self):
+            return to(self, *options, non_blocking=non_blocking)
+        assert non_blocking, "the host would wait"
+        made = torch.full_like(self, -1)
+        machine.adopt(made, "uploaded pairs")
+        machine.homes[made.untyped_storage().data_ptr()] = machine.current.name
+        machine.submit(machine.rows(self), machine.rows(made), lambda: copy(made, self), "upload")
+        return made
+
+    def numpy_(self: torch.Tensor) -> Any:
+        if known(self):
+            machine.host_writes(self, "pairs written")
+        return numpy(self)
+
+    def record_stream(self: torch.Tensor, stream: Stream) -> None:
+        machine.recorded.add((self.untyped_storage().data_ptr(), stream.name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "Stream": lambda device: machine.stream(f"side {next(numbers)}"),
+            "Event": lambda: Event(machine),
+            "current_stream": lambda device: machine.current,
+            "stream": use,
+            "device": lambda device: contextlib.nullcontext(),
+            "synchronize": lambda device: machine.finish(),
+            "get_device_properties": lambda device: types.SimpleNamespace(multi_processor_count=4),
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch, "empty", empty_)
+        for name, method in {
+            "copy_": copy_,
+            "to": to_,
+            "numpy": numpy_,
+            "record_stream": record_stream,
+            "is_pinned": lambda self: known(self),
+        }.items():
+            patch.setattr(torch.Tensor, name, method)
+        yield
