@@ -16,6 +16,7 @@ class SchedulerConfig:
     max_batch_size: int  # sequences on the device at once
     max_model_len: int  # prompt + output tokens of a sequence
     chunked_prefill: bool = True  # may the prompt of a sequence be spread over several steps?
+    prefix_caching: bool = True  # find full blocks of earlier sequences by their content
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -23,6 +23,10 @@ class Forks:
             sequence.status = Status.FORKING
         return self._lead(request.sequences)
 
+    def leads(self, sequence: Sequence) -> bool:
+        """Whether others will be forked off it."""
+        return sequence in self._choices
+
     def pop(self, leader: Sequence) -> list[Sequence]:
         """The choices to fork off a leader whose prompt is computed; none for other sequences."""
         return self._choices.pop(leader, []) if self._choices else []

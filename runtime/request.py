@@ -67,6 +67,11 @@ class Sequence:
     num_recomputes: int = 0  # times preempted without room in host memory
     arrival: int = 0  # place in the order of arrival; the scheduler gives it
     num_cached_tokens: int = 0  # of the prompt, found in the cache when it was first admitted
+    # The scheduler's notes.
+    block_keys: list[bytes] = field(default_factory=list)  # of its leading full blocks
+    tokens_at_entry: int = 0  # how many it had when it came to the device
+    run_from: int = 0  # first step that may compute it: swaps get a step's time
+    due: int = -1  # step in which it needs its next block, as a decode
 
     @property
     def num_preemptions(self) -> int:

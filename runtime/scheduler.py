@@ -1,18 +1,29 @@
 """Who computes what in the next step.
 
 Owns the policy: continuous batching with chunked prefill, preemption by swapping to host memory (by
-recomputation where that is full), and `n` choices forked off one prompt. Knows nothing of tensors,
-and leaves the blocks to the block manager.
+recomputation where that is full), and `n` choices forked off one prompt. Knows nothing of
+tensors, and leaves the blocks to the block manager.
 
-State changes in two places: `schedule`, here, moves sequences between queues and blocks between
-sequences; `commit`, in `progress.py`, moves tokens (`num_computed`, `token_ids`), forks, and ends
-sequences.
+State changes in two places: `schedule` moves sequences between queues and blocks between sequences;
+`advance` and `commit` (see `progress.py`) move tokens, fork, and end sequences.
+
+Swaps take their time beside a forward that does without their blocks. So a sequence that is
+swapped in runs from the next step on, and a step looks one step ahead: where the next one may run
+out of blocks, a sequence is swapped out now. Where that cannot be, the step waits for its swaps.
 
 Why everything finishes. A request is admitted only if each of its sequences fits the empty cache,
-so the last sequence left on the device always gets its block: some sequence computes a token in
-every step. A step preempts only because a decoding sequence needs a block; either that one goes
-on, or it has drawn a token since it came to the device. Drawn tokens are kept even by
-recomputation, so preemptions are bounded by tokens drawn, and between them prefill only goes
+and blocks that are merely cached count as free, so the last sequence left on the device always
+gets its block. A sequence waits for its swap-in only beside others that run, so some sequence
+computes a token in every step. A step preempts for one of two reasons:
+
+- A decode needs a block now. As it came to the device with blocks for all its tokens, it has drawn
+  one since. Either it goes on and draws another, or it is among the sequences that leave.
+- The next step may need more blocks than there are. Then only sequences leave that have drawn a
+  token since they came to the device, and what they have computed is kept on the host.
+
+So for each step that preempts there is a token that is drawn in it, or was drawn, since it came, by
+a sequence that leaves; a token is counted twice at most. Drawn tokens are kept even by
+recomputation, so such steps are bounded by tokens drawn, and between them prefill only goes
 forward. As the victim is the least preempted sequence, and nobody new is admitted while others
 wait to return, none starves.
 """
@@ -22,6 +33,8 @@ from collections.abc import Collection
 from .admission import SchedulerConfig
 from .block_manager import BlockManager
 from .counters import Counters, Gauges
+from .growth import Growth
+from .prefix_cache import Hits
 from .progress import Progress
 from .queues import Queues
 from .request import Request, SampledToken, Sequence
@@ -30,17 +43,31 @@ from .token_budget import TokenBudget
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
+# Cached blocks given host copies ahead of their reuse, in one step: few enough to be moved beside a
+# forward, more than prompts take in most steps.
+MAX_WRITE_BACKS = 32
+
 
 class Scheduler:
     """Plans steps: `add` requests, then `schedule` and `commit` in turn."""
 
     def __init__(self, config: SchedulerConfig, eos_token_ids: Collection[int] = ()) -> None:
         self.config = config
-        self.blocks = BlockManager(config.num_blocks, config.num_host_blocks, config.block_size)
+        self.blocks = BlockManager(
+            config.num_blocks,
+            config.num_host_blocks,
+            config.block_size,
+            prefix_caching=config.prefix_caching,
+        )
         self.step = 0  # number of the next plan
         self.queues = Queues()
         self._counters = Counters()
         self._progress = Progress(self.queues, self.blocks, self._counters, eos_token_ids)
+        self._growth = Growth(config.block_size)
+        # Who was not let in last, with the blocks it lacks: a step in which that cannot have
+        # changed need not look through its blocks again.
+        self._refused: tuple[Sequence, Hits, int] | None = None
+        self._refused_return: tuple[Sequence, int] | None = None
 
     def add(self, request: Request) -> None:
         """Queue a new request. ValueError, naming value and limit, if it could never finish."""
@@ -52,33 +79,42 @@ class Scheduler:
         return bool(self.queues.requests)
 
     def schedule(self) -> StepPlan | None:
-        """The next step, with at least one sequence in it; None when nothing is unfinished."""
-        if not self.queues.requests:
+        """The next step, with at least one sequence; None when nobody has tokens to compute."""
+        queues, blocks = self.queues, self.blocks
+        if not queues.has_work:
+            self._growth.clear()
+            self._refused = self._refused_return = None
             return None
-        ops = self.blocks.begin_step()
-        needed, lacking = self.blocks.missing(self.queues.running)
+        step = self.step
+        ops = blocks.begin_step()
+        growing = self._growing()
+        needed, lacking = blocks.missing(growing)
+        ahead = self._most_needed_ahead()
+        if needed + ahead > blocks.device.num_free:
+            ahead = self._needed_ahead()
         # A step that preempts takes nobody (back) in: what it freed is for those that stay, and
         # a victim returning at once would only move its blocks to and fro.
-        may_enter = needed <= self.blocks.device.num_free
-        if may_enter:
-            self._swap_in(needed)
-        else:
-            lacking = self._preempt(needed, lacking)
+        may_enter = needed + ahead <= blocks.device.num_free
+        if not may_enter:
+            lacking = self._preempt(growing)
+        elif queues.swapped:
+            self._swap_in(needed, ahead)
         for sequence in lacking:
-            self.blocks.reserve(sequence)
-        budget = TokenBudget(self.config.max_batch_tokens)
-        budget.give_running(self.queues.running)
-        if may_enter and not self.queues.swapped:
-            self._admit(budget)
+            blocks.reserve(sequence)
+        budget = TokenBudget(self.config.max_batch_tokens - len(queues.decodes))
+        for sequence in queues.prefills:
+            if sequence.run_from <= step:
+                budget.give(sequence)
+        if may_enter and queues.waiting and not queues.swapped:
+            self._admit(budget, ahead)
+        self._write_back_ahead(ahead)
 
-        scheduled = budget.scheduled
-        assert scheduled, "a step without sequences would never end"
-        rows = [entry.sequence for entry in scheduled if entry.samples]
-        plan = StepPlan(self.step, scheduled, ops, *self.queues.forks.draw(rows))
+        plan = self._plan(budget)
         ops.validate(self.config.num_blocks, self.config.num_host_blocks)
         self._counters.swapped_out += len(ops.swap_out)
         self._counters.swapped_in += len(ops.swap_in)
         self._counters.copied += len(ops.copy)
+        self._growth.forget(step)
         self.step += 1
         return plan
 
@@ -132,65 +168,182 @@ class Scheduler:
             used_host_blocks=host.num_used,
             free_host_blocks=host.num_free,
             waiting=self.queues.num_waiting,
-            running=len(self.queues.running),
+            running=self.queues.num_running,
             swapped=len(self.queues.swapped),
         )
 
-    # -- one step ------------------------------------------------------------------------------
+    # -- who stays -----------------------------------------------------------------------------
 
-    def _preempt(self, needed: int, lacking: list[Sequence]) -> list[Sequence]:
-        """Take sequences off the device until the others have their blocks; who still lacks any."""
+    def _growing(self) -> list[Sequence]:
+        """The decodes that may need a block in this step, among them those that begin to decode."""
         queues = self.queues
-        while needed > self.blocks.device.num_free:
-            assert len(queues.running) > 1, "a sequence alone on the device always fits"
+        growing = [s for s in self._growth.due(self.step) if s in queues.decodes]
+        for sequence in list(queues.prefills):
+            self.blocks.register(sequence)
+            pending = sequence.num_tokens - sequence.num_computed
+            if pending == 1 and not queues.forks.leads(sequence):
+                queues.start_decoding(sequence)
+                growing.append(sequence)
+        for sequence in growing:
+            self._growth.expect(sequence, self.step)
+        return growing
+
+    def _most_needed_ahead(self) -> int:
+        """An upper bound of `_needed_ahead`."""
+        most = self._growth.most_due(self.step + 1)
+        return most + self.queues.forks.places(self.queues.prefills)
+
+    def _needed_ahead(self) -> int:
+        """Blocks that those now on the device may take in the next step, beside what is free.
+
+        Less what sequences give back that surely end with this one's token.
+        """
+        queues, references = self.queues, self.blocks.device.references
+        growing = [s for s in self._growth.due(self.step + 1) if s in queues.decodes]
+        needed = sum(not _ends_now(sequence) for sequence in growing)
+        needed += sum(map(self._growth_after_prompt, queues.prefills))
+        for sequence in filter(_ends_now, queues.decodes):
+            needed -= sum(references[block] == 1 for block in sequence.block_table)
+        return max(needed, 0)
+
+    def _growth_after_prompt(self, sequence: Sequence) -> int:
+        """Blocks that a prefill needs as soon as its last known token is computed."""
+        choices = self.queues.forks.places([sequence])
+        aligned = sequence.num_tokens % self.config.block_size == 0
+        return choices if aligned else choices - 1  # one of them goes on in the block they share
+
+    def _preempt(self, growing: list[Sequence]) -> list[Sequence]:
+        """Take sequences off the device until the others have their blocks; who still lacks any."""
+        queues, blocks = self.queues, self.blocks
+        while True:
+            needed, lacking = blocks.missing(s for s in growing if s in queues.decodes)
+            now = needed > blocks.device.num_free
+            if not now and needed + self._needed_ahead() <= blocks.device.num_free:
+                return lacking
+            assert queues.num_running > 1 or not now, "a sequence alone on the device always fits"
             # The least preempted so far; among equals the latest to arrive.
-            victim = min(queues.running, key=lambda s: (s.num_preemptions, -s.arrival))
+            candidates = queues.running if now else filter(_may_leave_early, queues.decodes)
+            victim = min(candidates, key=lambda s: (s.num_preemptions, -s.arrival), default=None)
+            may_swap = victim is not None and blocks.can_swap_out(victim)
+            if victim is None or not (now or (may_swap and queues.num_running > 1)):
+                return lacking
             self._counters.preemptions += 1
-            if self.blocks.can_swap_out(victim):
-                self.blocks.swap_out(victim)
+            if may_swap:
+                blocks.swap_out(victim)
                 victim.num_swaps += 1
                 queues.leave_to_host(victim)
             else:
-                self.blocks.free(victim)
+                blocks.free(victim)
                 victim.num_computed = 0
                 victim.num_recomputes += 1
                 queues.leave_to_recompute(victim)
                 self._counters.recomputes += 1
-            needed, lacking = self.blocks.missing(queues.running)
-        return lacking
 
-    def _swap_in(self, needed: int) -> None:
-        """Bring swapped sequences back, first out first, beside the `needed` blocks of others."""
-        queues = self.queues
+    # -- who comes -----------------------------------------------------------------------------
+
+    def _swap_in(self, needed: int, ahead: int) -> None:
+        """Bring swapped sequences back, first out first, beside the blocks that others need."""
+        queues, blocks = self.queues, self.blocks
+        run_from = self.step + (1 if queues.num_running else 0)
         while queues.swapped and self._has_place(queues.swapped[0]):
             sequence = queues.swapped[0]
+            running = queues.num_running
             # With a spare block for each sequence they all go on for `block_size` steps at least
             # (unless a request is admitted in between); with a single spare block, the victim of
             # one step came back in the next and drove out another: up to half as many swaps more.
-            spare = len(queues.running) + 1 if queues.running else 0
-            wanted = needed + self.blocks.missing_to_swap_in(sequence) + spare
-            if wanted > self.blocks.device.num_free:
+            spare = max(running + 1, ahead) if running else 0
+            room = blocks.device.num_free - needed - spare
+            refused = self._refused_return
+            if running and refused is not None and refused[0] is sequence and refused[1] > room:
                 return
-            self.blocks.swap_in(sequence)
+            missing = blocks.missing_to_swap_in(sequence)
+            if missing > room:
+                self._refused_return = (sequence, missing)
+                return
+            blocks.swap_in(sequence)
+            sequence.run_from = run_from
             queues.enter(queues.swapped.popleft())
 
-    def _admit(self, budget: TokenBudget) -> None:
+    def _admit(self, budget: TokenBudget, ahead: int) -> None:
         """Start waiting sequences, in order, within the tokens, places and blocks left."""
-        queues = self.queues
+        queues, blocks, config = self.queues, self.blocks, self.config
         while budget.left and queues.waiting and self._has_place(queues.waiting[0]):
             sequence = queues.waiting[0]
             # One spare block for each choice, or the first of them to grow would preempt.
-            spare = queues.forks.places([sequence]) if queues.running else 0
-            wanted = self.blocks.blocks_for(sequence.num_tokens) + spare
-            if wanted > self.blocks.device.num_free:
+            running = queues.num_running
+            spare = queues.forks.places([sequence]) + ahead if running else 0
+            room = blocks.device.num_free - spare
+            if running and self._is_refused_again(sequence, room):
                 return
+            hits = blocks.match(sequence)
+            missing = blocks.missing_to_admit(sequence, hits)
+            if missing > room:
+                self._refused = (sequence, hits, missing)
+                return
+            num_cached = hits.num_blocks * config.block_size
             # Without chunked prefill only a recomputation can be longer than a whole step.
-            whole = min(sequence.num_tokens, self.config.max_batch_tokens)
-            if not self.config.chunked_prefill and whole > budget.left:
+            whole = min(sequence.num_tokens - num_cached, config.max_batch_tokens)
+            if not config.chunked_prefill and whole > budget.left:
                 return
-            self.blocks.reserve(sequence)
+            blocks.admit(sequence, hits)
+            self._count_hits(sequence, num_cached)
+            ahead += self._growth_after_prompt(sequence)
             queues.enter(queues.waiting.popleft())
-            budget.give(sequence)
+            if hits.on_host and running and config.chunked_prefill:
+                sequence.run_from = self.step + 1
+            else:
+                budget.give(sequence)
+
+    def _is_refused_again(self, sequence: Sequence, room: int) -> bool:
+        """Whether a sequence lacks blocks for the same reason as the last time."""
+        if self._refused is None or self._refused[0] is not sequence:
+            return False
+        _, hits, missing = self._refused
+        return missing > room and not self.blocks.prefixes.next_block_is_known(sequence, hits)
+
+    def _count_hits(self, sequence: Sequence, num_cached: int) -> None:
+        if not self.config.prefix_caching:
+            return
+        self._counters.prefix_queried_tokens += sequence.num_tokens
+        self._counters.prefix_hit_tokens += num_cached
+        if not sequence.num_recomputes:
+            sequence.num_cached_tokens = num_cached
 
     def _has_place(self, sequence: Sequence) -> bool:
         return self.queues.places_with(sequence) <= self.config.max_sequences
+
+    # -- the plan ------------------------------------------------------------------------------
+
+    def _write_back_ahead(self, ahead: int) -> None:
+        """Prepare the blocks that the next step is likely to take."""
+        queues = self.queues
+        first = queues.swapped or queues.waiting
+        if first:
+            ahead += self.blocks.blocks_for(first[0].num_tokens)
+        if ahead > self.blocks.device.num_ready:
+            self.blocks.write_back_ahead(ahead, MAX_WRITE_BACKS)
+
+    def _plan(self, budget: TokenBudget) -> StepPlan:
+        """The step of all decodes and of the prefills that have tokens in the budget."""
+        decodes, prefills = self.queues.decodes, budget.scheduled
+        samples, rows = list(decodes), list(range(len(decodes)))
+        assert samples or prefills, "a step without sequences would never end"
+        finishing = [entry.sequence for entry in prefills if entry.samples]
+        if finishing:
+            drawing, drawn_rows = self.queues.forks.draw(finishing)
+            samples += drawing
+            rows += [len(decodes) + row for row in drawn_rows]
+        # Entries with one token come first: all decodes, then the shortest of the prefills.
+        scheduled = [*decodes.values(), *prefills]
+        return StepPlan(self.step, scheduled, self.blocks.ops, samples, rows)
+
+
+def _ends_now(sequence: Sequence) -> bool:
+    """Whether the token that a decode draws in this step is the last one that it may have."""
+    num_drawn = sequence.num_tokens - sequence.num_prompt
+    return num_drawn + 1 >= sequence.request.params.max_tokens
+
+
+def _may_leave_early(sequence: Sequence) -> bool:
+    """Whether a decode may be preempted before a block is lacking: see the proof above."""
+    return sequence.num_tokens > sequence.tokens_at_entry and not _ends_now(sequence)

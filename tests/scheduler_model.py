@@ -6,6 +6,7 @@ read back through the block table, as keys and values do.
 """
 
 from collections import Counter
+from hashlib import blake2b
 from typing import Any
 
 from onecast.runtime.block_manager import BlockManager
@@ -95,20 +96,68 @@ def check_references(blocks: BlockManager, sequences: list[Sequence]) -> None:
     ):
         held = Counter(block for table in tables for block in table)
         assert [held[block] for block in range(pool.num_blocks)] == pool.references
-        assert sorted(pool._free) == [b for b in range(pool.num_blocks) if not held[b]]
+        free = [b for b in range(pool.num_blocks) if not held[b]]
+        blank, cached = [*pool._blank, *pool._resting], [*pool._ready, *pool._idle]
+        assert sorted(blank + cached) == free and pool.num_free == len(free)
+        assert not any(pool.keys[block] for block in blank)
+        assert all(pool.find(pool.keys[block]) == block for block in cached)
+        assert all(pool.keys[block] == key for key, block in pool._by_key.items())
     for sequence in sequences:
         assert bool(sequence.block_table) == (sequence.status is Status.RUNNING)
         assert bool(sequence.host_block_table) == (sequence.status is Status.SWAPPED)
 
 
-class Harness:
-    """A scheduler with the model as its workers; checks everything it can after every step."""
+class Contents:
+    """What each key stands for, worked out from the tokens of sequences, by another route."""
 
-    def __init__(self, config: SchedulerConfig, eos_token_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.known: dict[bytes, list[Entry]] = {}
+
+    def check(self, blocks: BlockManager, cache: CacheModel, sequences: list[Sequence]) -> None:
+        """Whatever has a key, in use or not, on the device or the host, has its content."""
+        self._learn(sequences)
+        numbered: dict[int, dict[int, Entry]] = {}
+        for pool, memory in ((blocks.device, cache.device), (blocks.host, cache.host)):
+            for block, key in enumerate(pool.keys):
+                if isinstance(key, bytes):
+                    expected = dict(enumerate(self.known[key]))
+                elif key is not None:
+                    expected = numbered.setdefault(key, memory[block])
+                else:
+                    continue
+                assert memory[block] == expected, f"{pool.name} block {block} is stale"
+                assert len(expected) == self.block_size
+
+    def _learn(self, sequences: list[Sequence]) -> None:
+        size = self.block_size
+        for sequence in sequences:
+            if not sequence.block_keys or sequence.block_keys[-1] in self.known:
+                continue
+            stored, digest = entries(sequence.token_ids), b""
+            for start in range(0, len(sequence.block_keys) * size, size):
+                tokens = sequence.token_ids[start : start + size]
+                data = b"".join(token.to_bytes(8, "little") for token in tokens)
+                digest = blake2b(digest + data, digest_size=16).digest()
+                self.known[digest] = stored[start : start + size]
+
+
+class Harness:
+    """A scheduler with the model as its workers; checks everything it can after every step.
+
+    With `drafts` each step is planned before the tokens of the one before are known.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, eos_token_ids: tuple[int, ...] = (), *, drafts: bool = False
+    ) -> None:
         self.scheduler = Scheduler(config, eos_token_ids)
         self.cache = CacheModel(config)
+        self.contents = Contents(config.block_size)
         self.requests: list[Request] = []
         self.plans: list[StepPlan] = []
+        self.drafts = drafts
+        self.draft: StepPlan | None = None
 
     def add(self, prompt: list[int], request_id: str | None = None, **params: Any) -> Request:
         request = Request(
@@ -120,21 +169,31 @@ class Harness:
 
     def step(self, end_before_commit: Sequence | None = None) -> list[Sequence] | None:
         """One step; the sequences that it finished, None when there was nothing to do."""
-        plan = self.scheduler.schedule()
+        scheduler = self.scheduler
+        plan, self.draft = self.draft, None
+        if plan is not None and scheduler.prune(plan) and plan.empty:
+            plan = None
+        plan = plan or scheduler.schedule()
         if plan is None:
             return None
         self.plans.append(plan)
         self.check_plan(plan)
-        logits = self.cache.execute(prepare_inputs(plan, self.scheduler.config.block_size))
+        logits = self.cache.execute(prepare_inputs(plan, scheduler.config.block_size))
         check_content(self.cache, plan)
+        if self.drafts:
+            scheduler.advance(plan)
+            self.check_blocks()
+            self.draft = scheduler.schedule()
         if end_before_commit is not None:
-            self.scheduler.finish(end_before_commit, "abort")
+            scheduler.finish(end_before_commit, "abort")
         tokens = [
             SampledToken(next_token(logits[row], sequence.index))
             for sequence, row in zip(plan.samples, plan.sample_rows, strict=True)
         ]
-        finished = self.scheduler.commit(plan, tokens)
-        self.check_blocks()
+        finished = scheduler.commit(plan, tokens)
+        self.check_references()
+        if not self.drafts:  # else the moves of the draft are not done yet
+            self.check_blocks()
         return finished
 
     def run(self, max_steps: int = 100_000) -> int:
@@ -154,7 +213,8 @@ class Harness:
     def check_plan(self, plan: StepPlan) -> None:
         config = self.scheduler.config
         counts = [scheduled.num_new_tokens for scheduled in plan.scheduled]
-        assert counts and min(counts) >= 1
+        assert all(count >= 1 for count in counts)
+        assert counts or (self.drafts and not plan.empty)
         assert sum(counts) <= config.max_batch_tokens
         singles = sum(count == 1 for count in counts)
         assert counts[:singles] == [1] * singles, "sequences with one token come first"
@@ -170,10 +230,17 @@ class Harness:
             first, last = sequence.num_computed // config.block_size, (end - 1) // config.block_size
             for block in sequence.block_table[first : last + 1]:
                 assert tables[block] == 1, f"block {block} is written while shared"
-        self.check_blocks()
+                key = self.scheduler.blocks.device.keys[block]
+                assert key is None, f"block {block} is written while others can find it"
+        self.check_references()
+
+    def check_references(self) -> None:
+        check_references(self.scheduler.blocks, self.sequences)
 
     def check_blocks(self) -> None:
-        check_references(self.scheduler.blocks, self.sequences)
+        """References and contents; for when all moves planned so far are done."""
+        self.check_references()
+        self.contents.check(self.scheduler.blocks, self.cache, self.sequences)
 
     def check_empty(self) -> None:
         """Nothing is held by anyone, and nobody is remembered."""
@@ -183,5 +250,7 @@ class Harness:
         gauges = scheduler.gauges
         assert gauges.used_blocks == gauges.used_host_blocks == 0
         assert gauges.waiting == gauges.running == gauges.swapped == 0
-        assert not scheduler.queues.requests and not scheduler.queues.forks
-        assert not scheduler.blocks._host_twin and not scheduler.blocks._device_twin
+        assert not scheduler.queues.requests and not len(scheduler.queues.forks)
+        assert not scheduler._growth._due
+        if not scheduler.config.prefix_caching:
+            assert not any(scheduler.blocks.device.keys) and not any(scheduler.blocks.host.keys)

@@ -21,6 +21,7 @@ ROOMY = {
     "max_batch_tokens": 512,
     "max_batch_size": 64,
     "max_model_len": 128,
+    "prefix_caching": False,
 }
 
 
@@ -44,6 +45,7 @@ tiny_limits = st.builds(
     max_batch_size=st.integers(1, 10),
     max_model_len=st.just(40),
     chunked_prefill=st.booleans(),
+    prefix_caching=st.booleans(),
 )
 bodies = st.fixed_dictionaries(
     {
