@@ -2,31 +2,53 @@
 
     schedule -> publish -> execute -> sample -> commit
 
-Owns the order of these and the texts of the sequences that are under way. Knows nothing of files
-or of OpenAI's formats.
+While the workers carry out a step the next one is planned and its frame built, with placeholders
+for the tokens that are being drawn: a queue of one. Before it is published the tokens are filled
+in, and what has ended meanwhile is taken out. Tokens are the same as without.
+
+That happens in this thread: behind the launch of the forward where a device carries it out, and on
+a CPU right behind the publish, while the other ranks wake up. A helper thread was tried: handing
+over to it costs more than planning a step does.
+
+Owns the order of these and the texts of sequences that end. Knows nothing of files or of OpenAI's
+formats.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from onecast.comm import Channel
 
 from .detokenizer import Detokenizer
 from .executor import StepExecutor
+from .input_builder import InputBuilder
 from .observer import Observer
 from .request import Request, Sequence
 from .request_log import RequestLog
 from .sampling import Sampler
 from .scheduler import Scheduler
-from .step import StepPlan, prepare_inputs
+from .step import StepPlan
 from .tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
 class FrameTotals:
-    """Bytes of all frames published; metadata is what is neither tensor content nor padding."""
+    """All frames published, one a step, and their bytes.
 
+    Metadata is what is neither tensor content nor padding.
+    """
+
+    count: int = 0
     frame_bytes: int = 0
     metadata_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A step and its frame, ahead of its turn."""
+
+    plan: StepPlan
+    inputs: dict[str, Any]
 
 
 class Engine:
@@ -41,7 +63,10 @@ class Engine:
         sampler: Sampler,
         tokenizer: Tokenizer,
         observer: Observer,
+        builder: InputBuilder | None = None,
+        overlap: bool = True,
     ) -> None:
+        """Without `overlap` a step is planned when the one before it is over."""
         self.scheduler = scheduler
         self.frames = FrameTotals()
         self._channel = channel
@@ -49,25 +74,29 @@ class Engine:
         self._sampler = sampler
         self._tokenizer = tokenizer
         self._observer = observer
+        self._builder = InputBuilder(scheduler.config) if builder is None else builder
+        self._overlap = overlap
+        self._draft: _Draft | None = None
         self._log = None if observer.requests is None else RequestLog(observer.requests)
         self._num_requests = 0
-        self._texts: dict[Sequence, Detokenizer] = {}
+        self._texts: dict[Sequence, Detokenizer] = {}  # of sequences with stop strings
 
     def add(self, request: Request) -> None:
         """Queue a request; ValueError, naming value and limit, if it could never finish."""
+        stop = request.params.stop
+        texts = {s: Detokenizer(self._tokenizer, stop) for s in request.sequences} if stop else {}
         self.scheduler.add(request)
+        self._texts.update(texts)
         request.number = self._num_requests
         self._num_requests += 1
         if self._log is not None:
             self._log.admitted(request)
-        for sequence in request.sequences:
-            self._texts[sequence] = Detokenizer(self._tokenizer, request.params.stop)
 
     def abort(self, request_id: str) -> None:
         """End a request without a result; an unknown id ends nothing."""
         ended = self.scheduler.abort(request_id)
         for sequence in ended:
-            del self._texts[sequence]
+            self._texts.pop(sequence, None)
         if ended and self._log is not None:
             self._log.aborted(ended[0].request)
 
@@ -76,7 +105,11 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[tuple[Sequence, str]]:
-        """Run one step; returns the sequences it finished, with their whole texts."""
+        """Run one step; returns the sequences it finished, with their whole texts.
+
+        There must be something unfinished. A step may be left with blocks to move alone, when all
+        that it was planned for has ended.
+        """
         try:
             return self._run_step()
         except Exception as error:
@@ -85,45 +118,93 @@ class Engine:
             raise
 
     def _run_step(self) -> list[tuple[Sequence, str]]:
-        scheduler, observer, log = self.scheduler, self._observer, self._log
-        with observer.step(scheduler.step) as observed:
+        scheduler, observer = self.scheduler, self._observer
+        number = self.frames.count
+        with observer.step(number) as observed:
             with observer.phase("schedule"):
-                plan = scheduler.schedule()
-                assert plan is not None, "a step without an unfinished request"
-                inputs = prepare_inputs(plan, scheduler.config.block_size)
-                if log is not None:
-                    log.scheduled(plan)
+                plan, inputs = self._next_step()
+                assert plan.step == number, f"step {plan.step} comes in the place of {number}"
             observed.set_batch_size(len(plan.scheduled))
             with observer.phase("step.publish"):
                 frame = self._channel.publish(inputs)
             with frame:
+                self.frames.count += 1
                 self.frames.frame_bytes += frame.nbytes
                 self.frames.metadata_bytes += frame.metadata_bytes
+                if not self._executor.asynchronous:
+                    self._look_ahead(plan)
                 logits = self._executor.execute(frame.mapping)
-            assert logits is not None, "the driver is not rank 0 of the model's group"
-            with observer.phase("sample"):
-                tokens = self._sampler.sample(logits, plan.sample_rows, plan.samples)
+                if self._executor.asynchronous:
+                    self._look_ahead(plan)
+            tokens = []
+            if plan.samples:
+                assert logits is not None, "the driver is not rank 0 of the model's group"
+                with observer.phase("sample"):
+                    tokens = self._sampler.sample(logits, plan.sample_rows, plan.samples)
             with observer.phase("commit"):
-                scheduler.commit(plan, tokens)
-                finished = self._extend_texts(plan)
-                if log is not None:
-                    log.committed(plan)
+                ended = scheduler.commit(plan, tokens)
+                finished = self._take_texts(plan, ended)
+                if self._log is not None:
+                    self._log.committed(plan)
         self._publish_values()
         return finished
 
-    def _extend_texts(self, plan: StepPlan) -> list[tuple[Sequence, str]]:
-        """Add each sequence's new token to its text, and end those whose stop string came up."""
-        finished = []
+    def _next_step(self) -> tuple[StepPlan, dict[str, Any]]:
+        """The draft, as far as it still holds; without one, a step planned now."""
+        scheduler, builder = self.scheduler, self._builder
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            if not scheduler.prune(draft.plan):
+                builder.fill(draft.plan)
+                return draft.plan, draft.inputs
+            if not draft.plan.empty:
+                return draft.plan, builder.build(draft.plan)
+        plan = scheduler.schedule()
+        assert plan is not None, "a step without an unfinished request"
+        return plan, builder.build(plan)
+
+    def _look_ahead(self, plan: StepPlan) -> None:
+        """What needs no token of the step that has been published: plan the next one, above all."""
+        with self._observer.phase("schedule.ahead"):
+            if self._log is not None:
+                self._log.scheduled(plan)
+            if self._overlap:
+                self.scheduler.advance(plan)
+                following = self.scheduler.schedule()
+                if following is not None:
+                    self._draft = _Draft(following, self._builder.build(following))
+
+    def _take_texts(self, plan: StepPlan, ended: list[Sequence]) -> list[tuple[Sequence, str]]:
+        """End sequences whose stop string came up; all that the step ended, with their texts."""
+        stopped = self._texts and self._extend_texts(plan)
+        if not (ended or stopped):
+            return []
+        over = [sequence for sequence in plan.samples if sequence.finish_reason is not None]
+        return [(sequence, self._text_of(sequence)) for sequence in over]
+
+    def _extend_texts(self, plan: StepPlan) -> bool:
+        """Add new tokens to the texts of sequences with stop strings; True if any came up."""
+        any_stopped = False
         for sequence in plan.samples:
-            text = self._texts[sequence]
+            text = self._texts.get(sequence)
             # The token that ended a sequence, other than by its length, is not part of its text.
-            if sequence.finish_reason != "stop" and text.add(sequence.token_ids[-1]):
+            if text is None or sequence.finish_reason == "stop":
+                continue
+            if text.add(sequence.output[-1].token_id):
                 if sequence.finish_reason is None:
                     self.scheduler.finish(sequence, "stop")
                 sequence.finish_reason = "stop"
-            if sequence.finish_reason is not None:
-                finished.append((sequence, self._texts.pop(sequence).finish()))
-        return finished
+                any_stopped = True
+        return any_stopped
+
+    def _text_of(self, sequence: Sequence) -> str:
+        text = self._texts.pop(sequence, None)
+        if text is not None:
+            return text.finish()
+        token_ids = [token.token_id for token in sequence.output]
+        return self._tokenizer.decode(
+            token_ids[:-1] if sequence.finish_reason == "stop" else token_ids
+        )
 
     def _publish_values(self) -> None:
         scheduler, set_value = self.scheduler, self._observer.set_value

@@ -23,6 +23,11 @@ class StepExecutor:
         self._kv_cache = kv_cache
         self._observer = observer
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `execute` returns while a device is still at it."""
+        return self._kv_cache.device.type == "cuda"
+
     def execute(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Run one step; `inputs` is the step's frame as `step.prepare_inputs` lays it out.
 

@@ -109,7 +109,7 @@ def _count(figures: RunFigures, engine: Engine, rank: Rank) -> None:
     counters = engine.scheduler.counters
     figures.prompt_tokens = counters.prompt_tokens
     figures.generated_tokens = counters.generated_tokens
-    figures.steps = engine.scheduler.step
+    figures.steps = engine.frames.count
     figures.channel = rank.channel.name
     figures.broadcasts = rank.channel.broadcasts
     if figures.channel in _FUSED and figures.broadcasts:

@@ -35,6 +35,8 @@ class Case:
     max_batch_size: int = 64
     chunked_prefill: bool = True
     transport: str = "auto"
+    prefix_caching: bool = True
+    overlap: bool = True
 
 
 @dataclass
@@ -124,6 +126,7 @@ def _drive(case: Case, channel: Channel, executor: StepExecutor, calls: list[int
             max_batch_size=case.max_batch_size,
             max_model_len=model.max_position_embeddings,
             chunked_prefill=case.chunked_prefill,
+            prefix_caching=case.prefix_caching,
         ),
         model.eos_token_ids,
     )
@@ -134,6 +137,7 @@ def _drive(case: Case, channel: Channel, executor: StepExecutor, calls: list[int
         sampler=Sampler(),
         tokenizer=Tokenizer(case.checkpoint),
         observer=NullObserver(),
+        overlap=case.overlap,
     )
     requests = [
         Request(str(number), tuple(prompt), params)
@@ -150,7 +154,7 @@ def _drive(case: Case, channel: Channel, executor: StepExecutor, calls: list[int
         texts=[[texts[s] for s in request.sequences] for request in requests],
         finish_reasons=[[s.finish_reason for s in request.sequences] for request in requests],
         swaps=[sum(s.num_swaps for s in request.sequences) for request in requests],
-        steps=scheduler.step,
+        steps=engine.frames.count,
         frames=channel.sequence,
         channel_broadcasts=channel.broadcasts,
         group_broadcasts=len(calls),

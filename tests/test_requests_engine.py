@@ -79,7 +79,7 @@ def _run(rank: int, checkpoint: Path, fail_at: int | None) -> list[tuple[Any, ..
     engine.abort("d")
     try:
         while engine.has_unfinished:
-            if engine.scheduler.step == fail_at:
+            if engine.frames.count == fail_at:
                 raise_in(engine)
             engine.step()
     except KeyError:
