@@ -1,6 +1,6 @@
 """What `onecast bench blocks` reports: rows, the figures to reach, and the tables.
 
-Owns the names and targets, those of a GPU included. Every figure is computed from rows: over all
+Owns the names and targets. Every figure is computed from rows: over all
 launches, its spread from the rows of each launch alone.
 """
 
@@ -62,7 +62,7 @@ def _paired(over: Sequence[int], under: Sequence[int]) -> float:
 # ---- figures
 
 
-# name: (target, what it is); those of a GPU are measured in `blocks_gpu`
+# name: (target, what it is); a GPU's are those of `blocks_gpu`
 FIGURES: dict[str, tuple[str, str]] = {
     "swap_cpu_vs_memcpy": (">= 0.8", "the slower of out and in"),
     "copy_cpu_vs_memcpy": (">= 0.8", "copies within the pool"),
@@ -70,9 +70,6 @@ FIGURES: dict[str, tuple[str, str]] = {
     "swap_vs_per_layer_numpy": (REPORTED, "loop of numpy rows / swap"),
     "swap_cpu_vs_memcpy_lowest": (REPORTED, "of all rows:"),
     "copy_cpu_vs_memcpy_lowest": (REPORTED, "of all rows:"),
-    "swap_gpu_vs_pinned": (">= 0.9", "bandwidths, pinned copy of the same bytes"),
-    "copy_gpu_vs_device_copy": (">= 0.8", "bandwidths, device copy of the same bytes"),
-    "swap_hidden_share": (">= 0.9", "of the swaps' time, beneath the forward"),
 }
 
 
