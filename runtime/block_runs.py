@@ -17,7 +17,7 @@ from .block_mover import Pairs
 Run: TypeAlias = tuple[int, int, int]
 Column: TypeAlias = Sequence[int]
 
-_FEW_PAIRS = 64  # up to here a loop is faster than numpy's calls
+_FEW_PAIRS = 64  # up to here loops are faster than numpy's calls, the more so from cold caches
 
 
 def host_pairs(pairs: Any) -> Pairs:
@@ -27,10 +27,9 @@ def host_pairs(pairs: Any) -> Pairs:
     where the shape or the kind of number is another.
     """
     if isinstance(pairs, torch.Tensor):
-        pairs = pairs.numpy() if pairs.is_cpu else pairs.cpu().numpy()
+        pairs = (pairs if pairs.is_cpu else pairs.cpu()).numpy()
     elif not isinstance(pairs, np.ndarray):
-        pairs = np.array(pairs, dtype=None if len(pairs) else np.int64)
-        pairs = pairs if len(pairs) else pairs.reshape(0, 2)
+        pairs = np.array(pairs) if len(pairs) else np.empty((0, 2), np.int64)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
         raise ValueError(
             f"pairs of blocks are {pairs.dtype} {list(pairs.shape)}; they must be integers [n, 2]"
@@ -40,12 +39,17 @@ def host_pairs(pairs: Any) -> Pairs:
 
 def check_range(kind: str, pairs: Pairs, num_sources: int, num_destinations: int) -> None:
     """AssertionError, naming the first pair of `kind` that leaves a pool, and the pool's size."""
-    if not len(pairs):
-        return
-    # As unsigned numbers the negative ones are the largest: one look finds all that is wrong.
-    source, destination = pairs.view(np.uint64).max(axis=0).tolist()
-    if source < num_sources and destination < num_destinations:
-        return
+    if len(pairs) <= _FEW_PAIRS:
+        for source, destination in pairs.tolist():
+            if not (0 <= source < num_sources and 0 <= destination < num_destinations):
+                break
+        else:
+            return
+    else:
+        # As unsigned numbers the negative ones are the largest: one look finds all that is wrong.
+        source, destination = pairs.view(np.uint64).max(axis=0).tolist()
+        if source < num_sources and destination < num_destinations:
+            return
     for source, destination in pairs.tolist():
         for block, size, verb in (
             (source, num_sources, "read"),

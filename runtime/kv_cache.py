@@ -179,7 +179,8 @@ class KVCache:
         self._mover.close()
 
     def _checked(self, kind: str, pairs: Any) -> Pairs:
-        if not len(pairs):
+        # The length of a tensor's shape, not of the tensor: that takes a detour through Python.
+        if not (pairs.shape[0] if isinstance(pairs, Tensor) else len(pairs)):
             return _NO_PAIRS
         checked = host_pairs(pairs)
         check_range(kind, checked, *self._limits[kind])

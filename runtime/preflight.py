@@ -13,12 +13,13 @@ import torch
 
 from .batch_file import count_lines
 from .config import RunConfig, several_ranks_per_gpu
+from .gpu_memory import check_gpu_memory
 from .kv_cache import CacheSpec, KVCache
 from .memory import check_host_memory
 from .model_config import ModelConfig
 from .model_runner import compute_dtype
 from .tokenizer import Tokenizer
-from .weights import check_checkpoint
+from .weights import check_checkpoint, weights_dtype
 
 _TRACE_START = b'{"traceEvents":'
 
@@ -30,16 +31,25 @@ def check(config: RunConfig, tp: int, local_ranks: int) -> None:
     """
     model = ModelConfig.from_dir(config.model)
     model.check_tensor_parallel(tp)
-    check_checkpoint(config.model, model)
+    tensors = check_checkpoint(config.model, model)
     Tokenizer(config.model)
     config.context_limit(model.max_position_embeddings)
     _check_files(config)
     _check_gpus(config, local_ranks)
-    # A GPU's blocks are checked by the rank that has it: the launcher keeps away from GPUs.
-    dtype = compute_dtype(config.dtype, model, torch.device(config.device)) or torch.float32
+    device = torch.device(config.device)
+    dtype = compute_dtype(config.dtype, model, device) or weights_dtype(tensors)
     spec = CacheSpec(model.num_layers, model.kv_heads_per_rank(tp), model.head_dim, dtype)
     bytes_per_block = KVCache.bytes_per_block(spec, config.block_size)
     check_host_memory(config, bytes_per_block=bytes_per_block, local_ranks=local_ranks)
+    if config.device == "cuda":
+        check_gpu_memory(
+            config,
+            tensors=tensors.values(),
+            dtype=dtype,
+            bytes_per_block=bytes_per_block,
+            tp=tp,
+            ranks_per_gpu=-(-local_ranks // torch.cuda.device_count()),
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -100,6 +100,11 @@ def check_checkpoint(path: str | Path, config: ModelConfig) -> dict[str, StoredT
     return checked
 
 
+def weights_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The checkpoint's own dtype: that of the embedding, where they differ."""
+    return _DTYPES[tensors["model.embed_tokens.weight"].dtype]
+
+
 class Weights:
     """The tensors of one checkpoint, read by rows or columns into one dtype and device.
 
@@ -119,7 +124,7 @@ class Weights:
         self._files: dict[Path, Any] = {}
         self._stack = ExitStack()
         self.device = device
-        self.dtype = dtype or _DTYPES[self._tensors["model.embed_tokens.weight"].dtype]
+        self.dtype = dtype or weights_dtype(self._tensors)
         self.bytes_read = 0  # of the checkpoint, so far
 
     def __enter__(self) -> "Weights":
