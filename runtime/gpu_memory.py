@@ -58,7 +58,7 @@ def total_gpu_bytes() -> list[int]:
         return []
     try:
         answer = subprocess.run(
-            [command, *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_S
+            [command, *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return []  # a driver that does not work shows when torch looks for GPUs
