@@ -48,6 +48,7 @@ STEPS_PER_S = "steps/s"
 STEP = "step"
 RUNNING, TOKENS = "running sequences", "tokens/step"
 MOVED, HITS = "blocks moved/step", "prefix hit tokens/step"
+BROADCASTS = "broadcasts/step"
 
 _BLOCK_SIZE = 16
 _PREFIXES, _PREFIX = 8, 192  # of pressure, and their tokens
@@ -181,16 +182,19 @@ def _drive(case: Case, plan: Plan, channel: Channel, tokenizer: Tokenizer) -> Tu
     watch.time("sample", sampler, "sample")
     watch.time("commit", scheduler, "advance", "commit", "prune")
     watch.time("texts", engine, "_take_texts")
-    return _Driver(case, plan, engine, tokenizer.vocab_size).run(watch)
+    return _Driver(case, plan, engine, channel, tokenizer.vocab_size).run(watch)
 
 
 class _Driver:
     """The front end of a turn: hands requests to the engine and runs its steps."""
 
-    def __init__(self, case: Case, plan: Plan, engine: Engine, vocab_size: int) -> None:
+    def __init__(
+        self, case: Case, plan: Plan, engine: Engine, channel: Channel, vocab_size: int
+    ) -> None:
         self._case = case
         self._plan = plan
         self._engine = engine
+        self._channel = channel
         self._chance = random.Random(1)
         self._vocab = range(TOKEN + 1, vocab_size)
         self._prefixes = [self._tokens(_PREFIX) for _ in range(_PREFIXES)]
@@ -245,6 +249,7 @@ class _Driver:
             TOKENS: counters.prompt_tokens + counters.generated_tokens,
             MOVED: counters.swapped_out + counters.swapped_in + counters.copied,
             HITS: counters.prefix_hit_tokens,
+            BROADCASTS: self._channel.broadcasts,
         }
 
     def _add(self) -> Request:
