@@ -12,7 +12,7 @@ from torch import Tensor
 from .block_mover import Pairs
 from .block_runs import run_columns
 
-Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+Pool: TypeAlias = tuple[np.ndarray[Any, np.dtype[np.uint8]], memoryview]
 
 # From here on through numpy, which lets other threads run meanwhile. Tried for shorter runs, where
 # the call counts: numpy (8% slower at 32 KiB), ctypes.memmove (10%), views made beforehand (9%: the
@@ -33,7 +33,7 @@ class HostMover:
             assert rows.dtype == torch.uint8 and rows.is_cpu and rows.is_contiguous()
         assert device_rows.shape[1] == host_rows.shape[1]
         self._block_bytes = device_rows.shape[1]
-        self._device, self._host = device_rows.view(-1).numpy(), host_rows.view(-1).numpy()
+        self._device, self._host = _bytes(device_rows), _bytes(host_rows)
 
     def swap_out(self, step: int, pairs: Pairs) -> None:
         """As the protocol says."""
@@ -53,11 +53,17 @@ class HostMover:
     def close(self) -> None:
         """Nothing is under way, and the pools are the cache's."""
 
-    def _move(self, source: Bytes, destination: Bytes, pairs: Pairs) -> None:
-        source_view, destination_view = source.data, destination.data
+    def _move(self, source: Pool, destination: Pool, pairs: Pairs) -> None:
+        (from_array, from_view), (to_array, to_view) = source, destination
         runs = run_columns(pairs, self._block_bytes)
         for start, target, size in zip(*runs, strict=True):
             if size < _LONG_BYTES:
-                destination_view[target : target + size] = source_view[start : start + size]
+                to_view[target : target + size] = from_view[start : start + size]
             else:
-                destination[target : target + size] = source[start : start + size]
+                to_array[target : target + size] = from_array[start : start + size]
+
+
+def _bytes(rows: Tensor) -> Pool:
+    """A pool's bytes twice: as an array, and as the view whose slices cost least."""
+    array = rows.view(-1).numpy()
+    return array, array.data
