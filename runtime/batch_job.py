@@ -106,7 +106,13 @@ class BatchJob:
         if len(entry.texts) < len(entry.call.choices):
             return
         texts = [entry.texts[choice] for choice in entry.call.choices]
-        body = response_body(entry.call, texts, self._context.tokenizer, self._created_s)
+        body = response_body(
+            entry.call,
+            texts,
+            self._context.tokenizer,
+            self._created_s,
+            prefix_caching=self._engine.scheduler.config.prefix_caching,
+        )
         self._writer.write(entry.line.result(body))
         for request in entry.call.requests:
             del self._under_way[request]

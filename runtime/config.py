@@ -39,6 +39,8 @@ class RunConfig:
     max_batch_size: int = 64
     max_model_len: int | None = None
     no_chunked_prefill: bool = False
+    no_prefix_caching: bool = False
+    no_overlap: bool = False
     resume: bool = False
     overwrite: bool = False
     timeout_s: float = 120.0
@@ -151,6 +153,8 @@ def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     option("max_batch_size", "sequences in one step, at most (%(default)s)", type=int)
     option("max_model_len", "prompt and output tokens, at most (default: the model's)", type=int)
     switch("no_chunked_prefill", "never split a prompt over several steps")
+    switch("no_prefix_caching", "compute all of a prompt, even where the cache has its beginning")
+    switch("no_overlap", "do not plan a step before the one ahead of it is done")
     switch("resume", "keep the results that are there and finish the rest")
     switch("overwrite", "replace an existing output file")
     option("timeout_s", "longest wait for another rank, in seconds (%(default)s)", type=float)

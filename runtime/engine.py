@@ -124,6 +124,8 @@ class Engine:
             with observer.phase("schedule"):
                 plan, inputs = self._next_step()
                 assert plan.step == number, f"step {plan.step} comes in the place of {number}"
+                if self._log is not None:
+                    self._log.scheduled(plan)
             observed.set_batch_size(len(plan.scheduled))
             with observer.phase("step.publish"):
                 frame = self._channel.publish(inputs)
@@ -131,10 +133,10 @@ class Engine:
                 self.frames.count += 1
                 self.frames.frame_bytes += frame.nbytes
                 self.frames.metadata_bytes += frame.metadata_bytes
-                if not self._executor.asynchronous:
+                if self._overlap and not self._executor.asynchronous:
                     self._look_ahead(plan)
                 logits = self._executor.execute(frame.mapping)
-                if self._executor.asynchronous:
+                if self._overlap and self._executor.asynchronous:
                     self._look_ahead(plan)
             tokens = []
             if plan.samples:
@@ -166,13 +168,10 @@ class Engine:
     def _look_ahead(self, plan: StepPlan) -> None:
         """What needs no token of the step that has been published: plan the next one, above all."""
         with self._observer.phase("schedule.ahead"):
-            if self._log is not None:
-                self._log.scheduled(plan)
-            if self._overlap:
-                self.scheduler.advance(plan)
-                following = self.scheduler.schedule()
-                if following is not None:
-                    self._draft = _Draft(following, self._builder.build(following))
+            self.scheduler.advance(plan)
+            following = self.scheduler.schedule()
+            if following is not None:
+                self._draft = _Draft(following, self._builder.build(following))
 
     def _take_texts(self, plan: StepPlan, ended: list[Sequence]) -> list[tuple[Sequence, str]]:
         """End sequences whose stop string came up; all that the step ended, with their texts."""
@@ -221,3 +220,7 @@ class Engine:
         set_value("sequences.swapped", gauges.swapped)
         set_value("tokens.prompt", counters.prompt_tokens)
         set_value("tokens.generated", counters.generated_tokens)
+        if scheduler.config.prefix_caching:
+            hits = counters.prefix_hit_tokens
+            set_value("prefix_cache_tokens.hit", hits)
+            set_value("prefix_cache_tokens.computed", counters.prefix_queried_tokens - hits)

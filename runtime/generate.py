@@ -74,6 +74,7 @@ def _make_engine(config: RunConfig, rank: Rank, model: ModelConfig, tokenizer: T
         max_batch_size=config.max_batch_size,
         max_model_len=config.context_limit(model.max_position_embeddings),
         chunked_prefill=not config.no_chunked_prefill,
+        prefix_caching=not config.no_prefix_caching,
     )
     return Engine(
         scheduler=Scheduler(limits, model.eos_token_ids),
@@ -82,6 +83,7 @@ def _make_engine(config: RunConfig, rank: Rank, model: ModelConfig, tokenizer: T
         sampler=Sampler(),
         tokenizer=tokenizer,
         observer=rank.observer,
+        overlap=not config.no_overlap,
     )
 
 
@@ -120,4 +122,7 @@ def _count(figures: RunFigures, engine: Engine, rank: Rank) -> None:
     figures.swapped_in = counters.swapped_in
     figures.copied = counters.copied
     figures.recomputes = counters.recomputes
+    if engine.scheduler.config.prefix_caching:
+        figures.prefix_queried_tokens = counters.prefix_queried_tokens
+        figures.prefix_hit_tokens = counters.prefix_hit_tokens
     figures.ranks = rank.environment.world_size

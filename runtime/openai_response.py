@@ -21,9 +21,17 @@ _LEAST_LOGPROB = -9999.0  # what OpenAI writes for minus infinity, which JSON do
 
 
 def response_body(
-    call: Call, texts: Sequence[str], tokenizer: Tokenizer, created_s: int
+    call: Call,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    created_s: int,
+    *,
+    prefix_caching: bool = False,
 ) -> dict[str, Any]:
-    """The answer to a finished call; `texts` belong to `call.choices`, one each."""
+    """The answer to a finished call; `texts` belong to `call.choices`, one each.
+
+    With `prefix_caching`, `usage` says how many tokens of the prompts were found in the cache.
+    """
     choices = []
     for index, (choice, text) in enumerate(zip(call.choices, texts, strict=True)):
         assert choice.finish_reason in ("stop", "length"), choice.finish_reason
@@ -37,20 +45,29 @@ def response_body(
             answer["logprobs"] = _completion_logprobs(choice, text, tokenizer)
         answer["finish_reason"] = choice.finish_reason
         choices.append(answer)
-    prompt_tokens = sum(len(request.prompt_token_ids) for request in call.requests)
-    completion_tokens = sum(len(choice.output) for choice in call.choices)
     return {
         "id": f"{'chatcmpl' if call.chat else 'cmpl'}-{call.request_id}",
         "object": "chat.completion" if call.chat else "text_completion",
         "created": created_s,
         "model": call.model,
         "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        "usage": _usage(call, prefix_caching),
     }
+
+
+def _usage(call: Call, prefix_caching: bool) -> dict[str, Any]:
+    prompt_tokens = sum(len(request.prompt_token_ids) for request in call.requests)
+    completion_tokens = sum(len(choice.output) for choice in call.choices)
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    if prefix_caching:
+        # A prompt is looked up once, for the choice that computes it.
+        hits = (max(s.num_cached_tokens for s in request.sequences) for request in call.requests)
+        usage["prompt_tokens_details"] = {"cached_tokens": sum(hits)}
+    return usage
 
 
 def _shown(choice: Choice, text: str, tokenizer: Tokenizer) -> list[tuple[int, SampledToken]]:

@@ -32,6 +32,8 @@ class RunFigures:
     swapped_in: int = 0
     copied: int = 0
     recomputes: int = 0
+    prefix_queried_tokens: int | None = None  # None: prefix caching is off
+    prefix_hit_tokens: int = 0
     ranks: int = 0
     output: Path | None = None
     trace: Path | None = None
@@ -86,6 +88,10 @@ def _run_table(figures: RunFigures) -> Table:
             f"{figures.swapped_out:,} / {figures.swapped_in:,} / {figures.copied:,}",
         ),
     ]
+    if figures.prefix_queried_tokens is not None:
+        queried, hit = figures.prefix_queried_tokens, figures.prefix_hit_tokens
+        share = hit / max(1, queried)
+        rows.append(("found in the prefix cache", f"{hit:,} of {queried:,} tokens ({share:.0%})"))
     if figures.recomputes:
         rows.append(("recomputed (host memory full)", f"{figures.recomputes:,} sequences"))
     rows.append(("completions", str(figures.output)))

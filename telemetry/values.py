@@ -27,6 +27,9 @@ def _values() -> list[Value]:
         found.append(Value(f"sequences.{state}", "sequences", {"state": state}, False))
     for kind in ("prompt", "generated"):
         found.append(Value(f"tokens.{kind}", "tokens", {"kind": kind}, True))
+    for result in ("hit", "computed"):
+        labels = {"result": result}
+        found.append(Value(f"prefix_cache_tokens.{result}", "prefix_cache_tokens", labels, True))
     return found
 
 
@@ -38,4 +41,5 @@ METRIC_HELP = {
     "kv_blocks_moved": "Key/value cache blocks swapped in, swapped out and copied",
     "sequences": "Sequences (choices of requests) by state",
     "tokens": "Tokens of prompts computed and tokens generated",
+    "prefix_cache_tokens": "Tokens of admitted sequences found in the prefix cache, or computed",
 }

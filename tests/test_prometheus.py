@@ -124,7 +124,7 @@ def _ask(server: Prometheus, url: str) -> dict[str, Any]:
         "graph": "onecast_collective_calls_total{mode='graph'}",
         "device": "onecast_collective_duration_seconds_sum{clock='device'}",
         "build": "onecast_build_info",
-        "values": "{__name__=~'onecast_(kv_blocks|sequences|tokens).*'}",
+        "values": "{__name__=~'onecast_(kv_blocks|sequences|tokens|prefix_cache).*'}",
     }
     with urllib.request.urlopen(
         urllib.request.Request(url, headers={"Accept": "text/plain"}), timeout=10
