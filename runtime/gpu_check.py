@@ -8,8 +8,9 @@ standard library to say what a machine lacks, installs nothing, and runs from a 
 The environment goes to every part as it is: several ranks of NCCL on one GPU need
 NCCL_MULTI_RANK_GPU_ENABLE=1 and a library that can do it (LD_PRELOAD); without, they are skipped.
 
-Exit status 0: every test has passed or was skipped for a reason that is printed, every benchmark
-has run or cannot on this machine; 1: something failed or is missing; 2: bad usage.
+Exit status 0: all parts have run and all tests passed, but for what was skipped for a reason that is
+printed; 1: something failed; 2: bad usage; 3: nothing failed, but parts did not run because this
+machine lacks what they need: a GPU, torch, pytest. A figure that is missed is printed as missed.
 """
 
 import argparse
@@ -27,11 +28,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .gpu_report import Outcome, print_report, read_junit
+from .gpu_report import FAILED, NOT_RUN, PASSED, SKIPPED, Outcome, print_report, read_junit
 
 _ROOT = Path(__file__).resolve().parents[1]
-_TIMEOUT_S = {"tests": 450.0, "host": 120.0, "nccl": 120.0, "copies": 60.0, "telemetry": 120.0}
+_TIMEOUT_S = {"tests": 450.0, "host": 120.0, "nccl": 120.0, "copies": 60.0}
+_TIMEOUT_S |= {"telemetry": 120.0, "blocks": 120.0}
+_MODULES = {"telemetry": "telemetry_gpu", "blocks": "blocks_gpu"}  # the others are parts of one
 _GRACE_S = 10.0  # for a part that is told to end
+_CANNOT_RUN = 3
 _STEPS = 500
 _RANKS = 2  # of the benchmark
 _ENVIRONMENT = ("NCCL_MULTI_RANK_GPU_ENABLE", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES")
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in options.only or _TIMEOUT_S:
             lacks = [one.what for one in missing if part in one.parts]
             if lacks:
-                outcomes.append(Outcome(part, "failed", f"not run, missing: {', '.join(lacks)}"))
+                outcomes.append(Outcome(part, NOT_RUN, f"missing: {', '.join(lacks)}"))
             elif part == "tests":
                 outcomes.append(_run_tests(options.tests, Path(folder, "tests.xml")))
             else:
@@ -85,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     print_report(outcomes, "" if options.device == "cuda" else " (tried out on the CPU)")
-    return int(any(outcome.state == "failed" for outcome in outcomes))
+    states = {outcome.state for outcome in outcomes}
+    return 1 if FAILED in states else _CANNOT_RUN if NOT_RUN in states else 0
 
 
 def find_missing(device: str) -> list[Missing]:
@@ -129,7 +134,7 @@ def describe_machine() -> list[str]:
 def _run_tests(folder: Path, junit: Path) -> Outcome:
     files = [file for file in sorted(folder.glob("test_*.py")) if "mark.cuda" in file.read_text()]
     if not files:
-        return Outcome("tests", "skipped", f"no test that needs a GPU lies in {folder}")
+        return Outcome("tests", SKIPPED, f"no test that needs a GPU lies in {folder}")
     command = [
         *("-m", "pytest", "-m", "cuda", "-q", "-rs", "-p", "no:cacheprovider"),
         *("--continue-on-collection-errors", f"--junitxml={junit}", *map(str, files)),
@@ -138,11 +143,11 @@ def _run_tests(folder: Path, junit: Path) -> Outcome:
     if ending is None and code not in (0, 1, 2, 5):
         ending = f"pytest ended with status {code}"
     if not junit.exists():
-        return Outcome("tests", "failed", ending or "pytest left no report", seconds)
+        return Outcome("tests", FAILED, ending or "pytest left no report", seconds)
     outcome = read_junit(junit.read_text(), seconds)
     if ending is not None:
         text = f"{ending}; by then: {outcome.text}, with the one that was running"
-        return outcome._replace(state="failed", text=text)
+        return outcome._replace(state=FAILED, text=text)
     return outcome
 
 
@@ -152,9 +157,9 @@ def _run_benchmark(part: str, device: str, steps: int, result: Path) -> Outcome:
 
         refusal = nccl_refusal(_RANKS)
         if refusal is not None:
-            return Outcome(part, "skipped", refusal)
+            return Outcome(part, SKIPPED, refusal)
     limit_s = _TIMEOUT_S[part]
-    module = ("telemetry_gpu",) if part == "telemetry" else ("gpu", part)
+    module = (_MODULES[part],) if part in _MODULES else ("gpu", part)
     command = [
         *("-m", f"onecast.runtime.bench.{module[0]}", *module[1:]),
         *(f"--device={device}", f"--steps={steps}", f"--json={result}"),
@@ -162,9 +167,10 @@ def _run_benchmark(part: str, device: str, steps: int, result: Path) -> Outcome:
     ]
     code, seconds, ending = _run(part, command, _ROOT)
     if ending is not None or code != 0 or not result.exists():
-        return Outcome(part, "failed", ending or f"it ended with status {code}", seconds)
-    rows: list[dict[str, Any]] = json.loads(result.read_text())
-    return Outcome(part, "passed", f"{len(rows)} rows", seconds, rows=rows)
+        return Outcome(part, FAILED, ending or f"it ended with status {code}", seconds)
+    report: Any = json.loads(result.read_text())
+    rows, ratios = (report["rows"], report["ratios"]) if part == "blocks" else (report, ())
+    return Outcome(part, PASSED, f"{len(rows)} rows", seconds, rows=rows, ratios=ratios)
 
 
 def _run(part: str, arguments: Sequence[str], folder: Path) -> tuple[int, float, str | None]:

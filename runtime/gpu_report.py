@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+NOT_RUN = "not run"  # for want of what the machine should have
+
 _NO_MODULE = re.compile(r"No module named '([^'.]+)[^']*'")
 
 
 class Outcome(NamedTuple):
-    """Of one part; `state` is passed, failed or skipped."""
+    """Of one part; `state` is one of the four above."""
 
     part: str
     state: str
@@ -23,6 +26,7 @@ class Outcome(NamedTuple):
     skipped: tuple[str, ...] = ()  # what, and for which reason
     failed: tuple[str, ...] = ()
     rows: Sequence[dict[str, Any]] = ()
+    ratios: Sequence[dict[str, Any]] = ()  # name, value, target, holds
 
 
 def read_junit(text: str, seconds: float) -> Outcome:
@@ -46,8 +50,8 @@ def read_junit(text: str, seconds: float) -> Outcome:
     summary = f"{passed} passed, {len(failed)} failed, {sum(skipped.values())} skipped"
     reasons = tuple(f"{what} ({count}x)" if count > 1 else what for what, count in skipped.items())
     if not (passed or failed or skipped):
-        return Outcome("tests", "failed", "not one test was found", seconds)
-    state = "failed" if failed else "passed" if passed else "skipped"
+        return Outcome("tests", FAILED, "not one test was found", seconds)
+    state = FAILED if failed else PASSED if passed else SKIPPED
     return Outcome("tests", state, summary, seconds, reasons, tuple(failed))
 
 
@@ -69,10 +73,9 @@ def print_report(outcomes: Sequence[Outcome], note: str = "") -> None:
     """The table, the reasons for what is not in it, and the verdict on the last line."""
     print("\n==== gpu-check")
     for outcome in outcomes:
-        by_method = _by_method(outcome)
-        if by_method:
+        for table in (*_by_method(outcome), *_figures(outcome)):
             print()
-            _print_columns(by_method)
+            _print_columns(table)
     for outcome in outcomes:
         for title, lines in (("skipped", outcome.skipped), ("FAILED", outcome.failed)):
             if lines:
@@ -83,25 +86,46 @@ def print_report(outcomes: Sequence[Outcome], note: str = "") -> None:
         [("part", "state", "seconds", "")]
         + [(one.part, one.state, f"{one.seconds:.1f}", one.text) for one in outcomes]
     )
-    failed = [outcome.part for outcome in outcomes if outcome.state == "failed"]
-    verdict = f"FAILED ({', '.join(failed)})" if failed else "ok"
-    print(f"\ngpu-check: {verdict}{note}", flush=True)
+    print(f"\ngpu-check: {_verdict(outcomes)}{note}", flush=True)
 
 
-def _by_method(outcome: Outcome) -> list[tuple[str, ...]]:
-    """The rows of a benchmark as a table: a line per method, two columns per metric."""
-    metrics = [*dict.fromkeys(row["metric"] for row in outcome.rows)]
+def _verdict(outcomes: Sequence[Outcome]) -> str:
+    said = []
+    for state in (FAILED, NOT_RUN):
+        parts = [outcome.part for outcome in outcomes if outcome.state == state]
+        if parts:
+            said.append(f"{state.upper()} ({', '.join(parts)})")
+    return "; ".join(said) or "ok"
+
+
+def _by_method(outcome: Outcome) -> list[list[tuple[str, ...]]]:
+    """The rows of a benchmark as tables: a line per method, two columns per metric.
+
+    A table for each set of metrics that methods have in common.
+    """
     lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in outcome.rows:
         lines.setdefault((row["workload"], row["method"]), {})[row["metric"]] = row
-    if not lines:
-        return []
-    titles = [title for metric in metrics for title in (metric, "p99")]
-    table: list[tuple[str, ...]] = [(outcome.part, "method", *titles, "n")]
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for (workload, method), of in lines.items():
-        cells = [f"{of[metric][which]:.1f}" for metric in metrics for which in ("median", "p99")]
-        table.append((workload, method, *cells, str(of[metrics[0]]["n"])))
-    return table
+        titles = [title for metric in of for title in (metric, "p99")]
+        table = tables.setdefault((*of,), [(outcome.part, "method", *titles, "n")])
+        cells = [f"{row[which]:.1f}" for row in of.values() for which in ("median", "p99")]
+        table.append((workload, method, *cells, str(next(iter(of.values()))["n"])))
+    return list(tables.values())
+
+
+def _figures(outcome: Outcome) -> list[list[tuple[str, ...]]]:
+    if not outcome.ratios:
+        return []
+    verdicts = {True: "met", False: "missed", None: ""}
+    return [
+        [(outcome.part, "value", "target", "")]
+        + [
+            (one["name"], f"{one['value']:.2f}", one["target"], verdicts[one["holds"]])
+            for one in outcome.ratios
+        ]
+    ]
 
 
 def _print_columns(table: Sequence[Sequence[str]]) -> None:

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from racing_streams import Machine as GpuMachine
+from racing_streams import racing_streams
 
 from onecast.runtime import cli, gpu_check
-from onecast.runtime.bench import gpu, telemetry_gpu
+from onecast.runtime.bench import blocks_gpu, blocks_hidden, gpu, telemetry_gpu
 from onecast.runtime.gpu_report import Outcome, print_report, read_junit
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+ALL_PARTS = "tests, host, nccl, copies, telemetry, blocks"
 # What a machine with a GPU may lack.
 NOT_THERE = ("hypothesis", "opentelemetry", "rich", "transformers", "prometheus_client")
 
@@ -70,8 +73,9 @@ def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_p
     report = json.loads(path.read_text())
     assert report["missing"] == []
     parts = {part["part"]: part for part in report["parts"]}
-    assert [*parts] == ["tests", "host", "nccl", "copies", "telemetry"]
-    assert {parts[name]["state"] for name in ("host", "copies", "telemetry")} == {"passed"}
+    assert [*parts] == ["tests", "host", "nccl", "copies", "telemetry", "blocks"]
+    ran = ("host", "copies", "telemetry", "blocks")
+    assert {parts[name]["state"] for name in ran} == {"passed"}
     reasons = " ".join(parts["tests"]["skipped"])
     assert "test_process_group_channel: needs the package hypothesis" in reasons
     if not torch.cuda.is_available():
@@ -86,24 +90,31 @@ def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_p
     issued = {(row["workload"], row["method"]) for row in parts["telemetry"]["rows"]}
     methods = (telemetry_gpu.NOTHING, telemetry_gpu.RECORDED, telemetry_gpu.TIMED)
     assert issued == {(size, method) for size in ("16 KiB", "16 MiB") for method in methods}
+    moved = parts["blocks"]["rows"]
+    assert all(row["workload"].endswith(" (CPU)") and row["n"] == 3 for row in moved)
+    assert {row["workload"] for row in moved} >= {
+        "out, 64 scattered (CPU)",
+        "copy, 1 contiguous (CPU)",
+    }
+    figures = parts["blocks"]["ratios"]
+    assert [figure["name"] for figure in figures] == [*blocks_gpu.FIGURES]
+    assert {figure["holds"] for figure in figures} == {None}  # they say nothing of a GPU
 
 
 def test_what_is_missing_is_said_first_and_without_a_traceback(machine):
     result = machine.run("onecast.runtime.gpu_check", without=("msgspec", "pytest", "_pytest"))
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     said = lines[: lines.index("==== gpu-check")]
-    assert (
-        "MISSING: the package msgspec; without it: no tests, host, nccl, copies, telemetry" in said
-    )
+    assert f"MISSING: the package msgspec; without it: no {ALL_PARTS}" in said
     assert "MISSING: the package pytest; without it: no tests" in said
-    assert lines[-1] == "gpu-check: FAILED (tests, host, nccl, copies, telemetry)"
+    assert lines[-1] == f"gpu-check: NOT RUN ({ALL_PARTS})"
 
 
 def test_torch_that_is_missing_is_said(machine):
     result = machine.run("onecast.runtime.gpu_check", without=("torch",))
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert result.stderr == ""
     assert "MISSING: torch (No module named 'torch'); without it: no tests, host" in result.stdout
 
@@ -111,6 +122,7 @@ def test_torch_that_is_missing_is_said(machine):
 def test_it_imports_nothing_that_such_a_machine_lacks():
     code = (
         "import sys, onecast.runtime.gpu_check, onecast.runtime.bench.gpu\n"
+        "import onecast.runtime.bench.blocks_gpu, onecast.runtime.cuda_mover\n"
         "names = ('rich', 'opentelemetry', 'onecast.telemetry', 'prometheus_client')\n"
         "print([name for name in sys.modules if name.startswith(names)])"
     )
@@ -121,13 +133,30 @@ def test_it_imports_nothing_that_such_a_machine_lacks():
 
 
 @WITHOUT_GPU
-def test_without_a_gpu_nothing_passes(capfd, tmp_path):
+def test_without_a_gpu_nothing_fails_and_nothing_passes(capfd, tmp_path):
     path = tmp_path / "report.json"
-    assert cli.main(["gpu-check", "--json", str(path)]) == 1
+    assert cli.main(["gpu-check", "--json", str(path)]) == 3
     out = capfd.readouterr().out
     assert "MISSING: a GPU that torch can use (" in out
-    assert out.splitlines()[-1] == "gpu-check: FAILED (tests, host, nccl, copies, telemetry)"
-    assert {part["state"] for part in json.loads(path.read_text())["parts"]} == {"failed"}
+    assert out.splitlines()[-1] == f"gpu-check: NOT RUN ({ALL_PARTS})"
+    parts = json.loads(path.read_text())["parts"]
+    assert {part["state"] for part in parts} == {"not run"}
+    assert all(part["text"].startswith("missing: a GPU that torch can use") for part in parts)
+
+
+def test_what_fails_tells_more_than_what_did_not_run(capfd, monkeypatch, tmp_path):
+    missing = [gpu_check.Missing("the package pytest", ("tests",))]
+    monkeypatch.setattr(gpu_check, "find_missing", lambda device: missing)
+    only = ["--device=cpu", "--only=tests", "--only=copies", "--steps=1"]
+    assert gpu_check.main(only) == 3
+    assert capfd.readouterr().out.splitlines()[-1] == (
+        "gpu-check: NOT RUN (tests) (tried out on the CPU)"
+    )
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert gpu_check.main(only) == 1
+    assert capfd.readouterr().out.splitlines()[-1] == (
+        "gpu-check: FAILED (copies); NOT RUN (tests) (tried out on the CPU)"
+    )
 
 
 def test_a_part_that_fails_fails_the_command(capfd, tmp_path):
@@ -176,7 +205,8 @@ def test_a_benchmark_that_ends_badly_fails(capfd, monkeypatch):
 
 
 def test_a_step_count_that_measures_nothing_is_refused(capsys):
-    for main, arguments in ((gpu_check.main, []), (gpu.main, ["copies"])):
+    mains = ((gpu_check.main, []), (gpu.main, ["copies"]), (blocks_gpu.main, []))
+    for main, arguments in mains:
         with pytest.raises(SystemExit):
             main([*arguments, "--steps=0"])
         assert "--steps is 0, at least 1" in capsys.readouterr().err
@@ -296,3 +326,77 @@ def test_the_table_is_plain_and_the_verdict_last(capsys):
         "",
         "gpu-check: FAILED (tests)",
     ]
+
+
+def test_methods_with_other_metrics_have_a_table_of_their_own_and_figures_theirs(capsys):
+    row = {"workload": "out, 64", "method": "a", "n": 7, "median": 2.0, "p99": 1.0}
+    figure = {"name": "swap_share", "value": 0.913, "target": ">= 0.9", "holds": True}
+    missed = figure | {"name": "copy", "value": 0.5, "holds": False}
+    rows = [row | {"metric": "GB/s"}, row | {"metric": "% hidden", "method": "b"}]
+    print_report([Outcome("blocks", "passed", "2 rows", 1.0, rows=rows, ratios=[figure, missed])])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:13] == [
+        "blocks   method  GB/s  p99  n",
+        "out, 64  a       2.0   1.0  7",
+        "",
+        "blocks   method  % hidden  p99  n",
+        "out, 64  b       2.0       1.0  7",
+        "",
+        "blocks      value  target",
+        "swap_share  0.91   >= 0.9  met",
+        "copy        0.50   >= 0.9  missed",
+        "",
+    ]
+    assert lines[-1] == "gpu-check: ok"  # a figure that is missed is no test that failed
+
+
+# ---- blocks
+
+
+def test_the_figures_of_a_gpu_have_the_targets_of_the_report():
+    from onecast.runtime.bench.blocks_report import FIGURES
+
+    assert {
+        name: target for name, (target, _) in FIGURES.items() if name in blocks_gpu.FIGURES
+    } == {name: target for name, target in blocks_gpu.FIGURES.items() if name in FIGURES}
+
+
+def test_the_path_of_a_gpu_over_streams_that_run_late(monkeypatch):
+    """All three movers, the GPU's own clock, and what every method says did arrive."""
+    kernels = pytest.importorskip("onecast.runtime.kernels", exc_type=ImportError)
+    machine = GpuMachine(0)
+    monkeypatch.setattr(kernels, "move_rows", machine.move_rows)
+    make = blocks_gpu._Bench._make_movers
+
+    def make_movers(self, device_rows, host_rows):
+        machine.adopt(device_rows, "device block")
+        machine.adopt(host_rows, "host block")
+        self._gpu = True
+        return make(self, device_rows, host_rows)
+
+    monkeypatch.setattr(blocks_gpu._Bench, "_make_movers", make_movers)
+    monkeypatch.setattr(blocks_gpu, "_CELL_S", 0.0)
+    with racing_streams(machine):
+        bench = blocks_gpu._Bench(blocks_gpu.ON_CPU._replace(counts=(16,)), "cpu")
+        assert [*bench.movers] == ["onecast", "copies", "kernel"]
+        for op in blocks_gpu.OPS:
+            for pattern in blocks_gpu.PATTERNS:
+                machine.log.clear()
+                rates = bench.rates(op, pattern, 16, 5)
+                own = ["onecast"] if op == "copy" else ["onecast", "copies", "kernel"]
+                assert [*rates] == [*own, "one copy", "per layer"]
+                assert {len(values) for values in rates.values()} == {3}
+                # 5 rounds; of each method one copy or kernel at least, per layer 8 a block
+                moves = [line for line in machine.log if line.startswith(("copy", "kernel"))]
+                assert len(moves) >= 5 * (len(own) + 1 + 16 * 8)
+        bench.close()
+    assert not any(stream.queue for stream in machine.streams)
+
+
+def test_the_share_that_is_hidden_is_what_a_step_is_not_longer_by(monkeypatch):
+    """Swaps of 2 s beside a load of 5 s, of which the step shows one half second."""
+    beside = blocks_hidden._Beside(torch.device("cpu"))
+    monkeypatch.setattr(beside, "_least", lambda call: 1.0)
+    times = iter([2.0, 5.0, 5.5] * 4)
+    monkeypatch.setattr(beside, "_elapsed", lambda call: next(times))
+    assert beside.rounds(None, lambda: None, 2) == [75.0, 75.0]
