@@ -46,7 +46,8 @@ class InputBuilder:
         self._lengths = _NO_BLOCKS  # of the tables, as they are in the frame
         self._steps_to_go = 0  # that only count on from it; 0: not all of it are decodes
         self._singles = 0  # sequences with one new token, which come first
-        self._grown = _NOTHING  # what it added to tables
+        self._grown = _NOTHING  # what it added to tables, if it only counted on
+        self._new_blocks: list[Array] = []  # what the frame before did not have
 
     def build(self, plan: StepPlan) -> dict[str, Any]:
         """The frame of a step, read from the sequences before the step is accounted for.
@@ -88,11 +89,12 @@ class InputBuilder:
             self._lay_out(plan.scheduled, keep_tables=not ops.copy)
         self._write_tokens()
         if ledger.open:
-            if goes_on and not (ops.swap_out or ops.swap_in):
-                ledger.touch(self._grown[2])  # the other blocks are those of the step before
-            else:
-                ledger.touch(copy)
+            ledger.touch(copy)
+            if ops.swap_out or ops.swap_in or plan.step == self._step:
                 ledger.touch(self._used_blocks())
+            else:  # the step before had the others
+                for blocks in self._new_blocks:
+                    ledger.touch(blocks)
         self._step = plan.step
         arrays = self._latest
         return {
@@ -141,7 +143,8 @@ class InputBuilder:
             rows = np.repeat(np.arange(num_sequences), num_new)
             np.add(np.arange(num_tokens), (starts - offsets[:-1])[rows], out=arrays.positions)
         quotients, remainders = np.divmod(arrays.positions, size)
-        np.multiply(arrays.block_tables[rows, quotients], size, out=arrays.slot_mapping)
+        arrays.slot_mapping[:] = arrays.block_tables[rows, quotients]
+        arrays.slot_mapping *= size
         arrays.slot_mapping += remainders
         arrays.logits_indices[:] = offsets[1:][samples] - 1
 
@@ -167,14 +170,14 @@ class InputBuilder:
         positions = np.add(last.positions, 1, out=arrays.positions)
         assert positions[0] == self._scheduled[0].sequence.num_computed, "a step was left out"
         rows = np.flatnonzero(positions % size == 0)
-        self._grown = _NOTHING
+        self._grown, self._new_blocks = _NOTHING, []
         if len(rows):
             columns = positions[rows] // size
             blocks = np.array(self._blocks_at(rows.tolist(), columns.tolist()), dtype=np.int64)
             arrays.block_tables[rows, columns] = blocks
             arrays.slot_mapping[rows] = blocks * size
             self._lengths[rows] = columns + 1
-            self._grown = (rows, columns, blocks)
+            self._grown, self._new_blocks = (rows, columns, blocks), [blocks]
         self._steps_to_go -= 1
         self._latest, self._other = arrays, last
 
@@ -195,6 +198,7 @@ class InputBuilder:
     ) -> None:
         """Fill `after`: rows of known tables from `before`, and what is new from the tables."""
         after[:] = 0
+        self._new_blocks = []
         filled = np.zeros(len(tables), dtype=np.int64)
         if keep and self._tables:
             known = {id(table): row for row, table in enumerate(self._tables)}
@@ -205,7 +209,9 @@ class InputBuilder:
             filled[kept] = self._lengths[sources]
         for row in np.flatnonzero(filled < lengths).tolist():
             first = int(filled[row])
-            after[row, first : len(tables[row])] = tables[row][first:]
+            new = after[row, first : len(tables[row])]
+            new[:] = tables[row][first:]
+            self._new_blocks.append(new)
 
     def _write_tokens(self) -> None:
         scheduled, singles, out = self._scheduled, self._singles, self._latest.input_ids

@@ -61,8 +61,8 @@ class StepArrays:
 
     def repeat(self, other: "StepArrays") -> None:
         """The dimensions of another step, and of its contents what steps of decodes share."""
-        (tokens,), (rows,) = other.positions.shape, other.logits_indices.shape
-        self.resize(tokens, *other.block_tables.shape, rows)
+        sequences, columns = other.block_tables.shape
+        self.resize(len(other.positions), sequences, columns, len(other.logits_indices))
         self.query_start_loc[:] = other.query_start_loc
         self.logits_indices[:] = other.logits_indices
         self.block_tables[:] = other.block_tables

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_sampler import PlainSampler
 
-from onecast.runtime.request import Request, SampledToken, SamplingParams, Sequence
-from onecast.runtime.sampling import Sampler, philox, uniforms
+from onecast.runtime.request import (
+    PLACEHOLDER,
+    Request,
+    SampledToken,
+    SamplingParams,
+    Sequence,
+)
+from onecast.runtime.sampling import Sampler
+from onecast.runtime.uniforms import Uniforms, philox
 
 PROMPT = (5, 6, 7)
 
@@ -26,7 +34,8 @@ def one_thread() -> Iterator[None]:
 
 def sequence(generated: int = 0, index: int = 0, **params: Any) -> Sequence:
     request = Request("r", PROMPT, SamplingParams(**params))
-    return Sequence(request, index, [*PROMPT, *range(generated)])
+    output = [SampledToken(0)] * generated
+    return Sequence(request, index, [*PROMPT] + [0] * generated, output=output)
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
@@ -136,12 +145,10 @@ def test_tokens_without_weight_are_never_drawn_even_at_the_ends() -> None:
 def test_the_least_and_the_greatest_uniform_number_find_a_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from onecast.runtime import sampling
-
     logits = torch.randn(300, 97, generator=torch.Generator().manual_seed(1)) * 8
     logits[:, 0] = logits[:, -1] = -math.inf
     for share in (0.0, 1 - 2**-53):
-        monkeypatch.setattr(sampling, "uniforms", lambda seqs, u=share: np.full(len(seqs), u))
+        monkeypatch.setattr(Uniforms, "at", lambda self, at, u=share: np.full(len(at), u))
         for token in sample(logits, [sequence(i) for i in range(300)]):
             assert 0 < token < 96
 
@@ -164,8 +171,8 @@ def test_nothing_to_sample_gives_nothing() -> None:
 # ---- determinism
 
 
-def mixed_sequences(count: int) -> list[Sequence]:
-    rng = random.Random(2)
+def mixed_sequences(count: int, seed: int = 2) -> list[Sequence]:
+    rng = random.Random(seed)
     return [
         sequence(
             rng.randrange(50),
@@ -212,10 +219,20 @@ def test_choice_k_draws_as_a_request_of_its_own_with_seed_plus_k() -> None:
 
 def test_any_whole_number_is_a_seed() -> None:
     seeds = [0, -1, 1, 2**32, 2**63, 2**64 - 1, -(2**70)]
-    drawn = uniforms([sequence(seed=seed) for seed in seeds])
+    drawn = Uniforms(seeds).at([0] * len(seeds))
     assert ((drawn >= 0) & (drawn < 1)).all()
     # -1 and 2^64 - 1 are the same 64 bits, as are 0 and -2^70.
     assert len(set(drawn.tolist())) == 5
+
+
+def test_numbers_drawn_ahead_are_those_drawn_one_by_one() -> None:
+    seeds = [3, 1, 4, 1, 5]
+    ahead = Uniforms(seeds)
+    positions = [[i + step for i in (0, 7, 2, 0, 30)] for step in range(70)]  # all go on
+    positions += positions[40:42]  # back
+    positions += [[1, 2, 3, 4, 5], [2, 3, 4, 5, 7], [3, 4, 5, 6, 8], [9, 10, 11, 12, 14]]
+    for at in positions:
+        assert ahead.at(at).tolist() == Uniforms(seeds).at(at).tolist()
 
 
 def test_philox_gives_the_published_values() -> None:
@@ -236,6 +253,44 @@ def test_philox_gives_the_published_values() -> None:
     assert [tuple(int(word) for word in row) for row in zip(*found, strict=True)] == [
         expected for _, _, expected in cases
     ]
+
+
+# ---- the same tokens as a sampler that remembers nothing
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_generating_gives_what_the_plain_sampler_draws(greedy: bool) -> None:
+    """Batches that stay the same for a while, lose, gain and reorder sequences, and rows shared."""
+    rng = random.Random(7)
+    generator = torch.Generator().manual_seed(9)
+    sampler, sequences = Sampler(), []
+    for step in range(120):
+        if step % 12 == 0:
+            if greedy:
+                sequences = [sequence(step, temperature=0.0) for _ in range(rng.choice([1, 5, 40]))]
+            else:
+                sequences = rng.sample(sequences, len(sequences) // 2)
+                sequences += mixed_sequences(rng.choice([1, 3, 40]), seed=step)
+        if step % 7 == 0:
+            rng.shuffle(sequences)
+        num_rows = rng.choice([len(sequences), len(sequences), (len(sequences) + 1) // 2])
+        rows = [row % num_rows for row in range(len(sequences))]
+        logits = torch.randn(num_rows, 60, generator=generator).mul_(4).round_().div_(2)  # equals
+        expected = PlainSampler().sample(logits, rows, sequences)
+        found = sampler.sample(logits, rows, sequences)
+        if any(s.request.params.logprobs is not None for s in sequences):
+            assert [t.token_id for t in found] == [t.token_id for t in expected]
+        assert found == expected
+        for one, token in zip(sequences, found, strict=True):
+            one.token_ids.append(token.token_id)
+            one.output.append(token)
+
+
+def test_a_token_that_stands_for_one_not_known_yet_changes_no_draw() -> None:
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(5))
+    known, waiting = sequence(4, seed=2), sequence(4, seed=2)
+    waiting.token_ids.append(PLACEHOLDER)
+    assert sample(logits, [waiting]) == sample(logits, [known])
 
 
 # ---- log-probabilities
