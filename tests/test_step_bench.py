@@ -88,8 +88,8 @@ def check(report, plan):
         "driver_critical_us_64": median(64, "critical us"),
         "driver_us_in_turn_64": median(64, "driver us", overlap=False),
         "driver_us_overlapped_64": median(64, "driver us", overlap=True),
-        "overlap_gain_64": median(64, STEPS_PER_S, overlap=True)
-        / median(64, STEPS_PER_S, overlap=False),
+        "overlap_gain_64": median(64, "step us", overlap=False)
+        / median(64, "step us", overlap=True),
         "steps_vs_two_broadcasts_64": rate / median(64, STEPS_PER_S, "two-broadcasts"),
     }
     ratios = {ratio["name"]: ratio for ratio in report["ratios"]}
