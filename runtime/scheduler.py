@@ -45,7 +45,7 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 
 # Cached blocks given host copies ahead of their reuse, in one step: few enough to be moved beside a
 # forward, more than prompts take in most steps.
-MAX_WRITE_BACKS = 32
+MAX_WRITE_BACKS = 64
 
 
 class Scheduler:
@@ -318,8 +318,9 @@ class Scheduler:
         """Prepare the blocks that the next step is likely to take."""
         queues = self.queues
         first = queues.swapped or queues.waiting
-        if first:
-            ahead += self.blocks.blocks_for(first[0].num_tokens)
+        if first:  # and as many again as the tokens of a step fill: more than one may come
+            more = self.config.max_batch_tokens if queues.waiting else 0
+            ahead += self.blocks.blocks_for(first[0].num_tokens + more)
         if ahead > self.blocks.device.num_ready:
             self.blocks.write_back_ahead(ahead, MAX_WRITE_BACKS)
 

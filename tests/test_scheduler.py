@@ -1,5 +1,6 @@
 """The scheduler: what it promises about limits, order, progress and the content of the cache."""
 
+import gc
 import random
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from scheduler_model import VOCABULARY, Harness
 
-from onecast.runtime.request import Request, SampledToken, SamplingParams, Status
+from onecast.runtime.request import Request, SampledToken, SamplingParams, Sequence, Status
 from onecast.runtime.scheduler import Scheduler, SchedulerConfig
+from onecast.runtime.step import StepPlan
 
 ROOMY = {
     "block_size": 4,
@@ -47,9 +49,15 @@ tiny_limits = st.builds(
     chunked_prefill=st.booleans(),
     prefix_caching=st.booleans(),
 )
+# Many begin alike, as requests with one system prompt do.
+prompts = st.builds(
+    lambda common, own: prompt(16)[:common] + own,
+    st.sampled_from([0, 0, 4, 7, 12, 16]),
+    st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=8),
+)
 bodies = st.fixed_dictionaries(
     {
-        "prompt": st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+        "prompt": prompts,
         "max_tokens": st.integers(1, 14),
         "n": st.sampled_from([1, 1, 1, 2, 3, 5]),
         "ignore_eos": st.booleans(),
@@ -60,9 +68,9 @@ bodies = st.fixed_dictionaries(
 class AnyTraffic(RuleBasedStateMachine):
     """Arrivals, steps, ends and aborts in any order, in a small cache; `Harness` checks it all."""
 
-    @initialize(limits=tiny_limits)
-    def start(self, limits: SchedulerConfig) -> None:
-        self.harness = Harness(limits, eos_token_ids=(7,))
+    @initialize(limits=tiny_limits, drafts=st.booleans())
+    def start(self, limits: SchedulerConfig, drafts: bool) -> None:
+        self.harness = Harness(limits, eos_token_ids=(7,), drafts=drafts)
 
     @rule(body=bodies)
     def arrive(self, body: dict[str, Any]) -> None:
@@ -88,7 +96,7 @@ class AnyTraffic(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.harness.requests))
         self.harness.scheduler.abort(request.request_id)
         assert request.finished
-        self.harness.check_blocks()
+        self.harness.check_references()
 
     @precondition(lambda self: self.harness.requests)
     @rule(data=st.data(), while_workers_compute=st.booleans())
@@ -98,7 +106,7 @@ class AnyTraffic(RuleBasedStateMachine):
             self.harness.step(end_before_commit=sequence)
         else:
             self.harness.scheduler.finish(sequence, "stop")
-            self.harness.check_blocks()
+            self.harness.check_references()
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
@@ -110,12 +118,12 @@ AnyTraffic.TestCase.settings = settings(max_examples=150, stateful_step_count=30
 TestAnyTraffic = AnyTraffic.TestCase
 
 
-@settings(max_examples=100, deadline=None)
-@given(limits=tiny_limits, batch=st.lists(bodies, min_size=1, max_size=12))
+@settings(max_examples=150, deadline=None)
+@given(limits=tiny_limits, batch=st.lists(bodies, min_size=1, max_size=12), drafts=st.booleans())
 def test_everything_finishes_with_the_tokens_of_a_roomy_cache(
-    limits: SchedulerConfig, batch: list[dict[str, Any]]
+    limits: SchedulerConfig, batch: list[dict[str, Any]], drafts: bool
 ) -> None:
-    tiny, roomy = Harness(limits, (7,)), Harness(config(), (7,))
+    tiny, roomy = Harness(limits, (7,), drafts=drafts), Harness(config(), (7,))
     for body in batch:
         try:
             tiny.add(**body)
@@ -186,6 +194,80 @@ def test_a_step_that_swaps_out_swaps_nothing_in() -> None:
     assert any(plan.block_ops.swap_out for plan in harness.plans)
     assert any(plan.block_ops.swap_in for plan in harness.plans)
     assert not any(plan.block_ops.swap_out and plan.block_ops.swap_in for plan in harness.plans)
+
+
+def swap_steps(harness: Harness) -> list[StepPlan]:
+    harness.run()
+    plans = [plan for plan in harness.plans if plan.block_ops.swap_out or plan.block_ops.swap_in]
+    assert plans
+    return plans
+
+
+def test_a_step_waits_for_no_swap_of_its_own() -> None:
+    for plan in swap_steps(small_cache()):
+        ops = plan.block_ops
+        used = {block for copy in ops.copy for block in copy}
+        used |= {b for entry in plan.scheduled for b in entry.sequence.block_table}
+        assert not used & {device for device, _ in ops.swap_out}, plan.step
+        assert not used & {device for _, device in ops.swap_in}, plan.step
+
+
+def test_whoever_comes_back_computes_in_the_next_step() -> None:
+    harness = small_cache()
+    returned: set[Sequence] = set()
+    num_returns = 0
+    while True:
+        was_swapped = list(harness.scheduler.queues.swapped)
+        if harness.step() is None:
+            break
+        computed = {entry.sequence for entry in harness.plans[-1].scheduled}
+        assert returned <= computed
+        returned = {s for s in was_swapped if s.status is Status.RUNNING} - computed
+        num_returns += len(returned)
+    assert num_returns >= 5
+
+
+def test_whoever_comes_back_alone_computes_at_once() -> None:
+    harness = Harness(config(num_blocks=8, num_host_blocks=20))
+    pair = [harness.add(prompt(12, seed), max_tokens=16).sequences[0] for seed in range(2)]
+    while not harness.scheduler.queues.swapped:
+        harness.step()
+    (swapped,) = harness.scheduler.queues.swapped
+    (other,) = (sequence for sequence in pair if sequence is not swapped)
+    harness.scheduler.finish(other, "stop")
+    harness.step()
+    assert [entry.sequence for entry in harness.plans[-1].scheduled] == [swapped]
+    assert harness.plans[-1].block_ops.swap_in
+
+
+def test_a_swap_out_comes_a_step_before_its_blocks_are_needed() -> None:
+    harness = Harness(config(num_blocks=10, num_host_blocks=20))
+    for seed in range(2):
+        harness.add(prompt(16, seed), max_tokens=16)
+    harness.run()
+    out = next(plan.step for plan in harness.plans if plan.block_ops.swap_out)
+    # Four blocks each for the prompts; with token 17 both have five, with token 21 they want six.
+    assert out == 4, "in the step that computes token 20"
+    assert [len(plan.scheduled) for plan in harness.plans[: out + 1]] == [2, 2, 2, 2, 1]
+
+
+def test_nobody_leaves_early_for_one_that_surely_ends() -> None:
+    harness = Harness(config(num_blocks=10, num_host_blocks=20))
+    harness.add(prompt(16, 0), max_tokens=5)  # its last token is drawn in the step before
+    harness.add(prompt(16, 1), max_tokens=16)
+    harness.run()
+    assert harness.scheduler.counters.preemptions == 0
+
+
+def test_without_host_memory_nobody_leaves_early() -> None:
+    harness = Harness(config(num_blocks=10))
+    for seed in range(2):
+        harness.add(prompt(16, seed), max_tokens=16)
+    for _ in range(5):
+        harness.step()
+    assert harness.scheduler.counters.preemptions == 0
+    harness.step()
+    assert harness.scheduler.counters.recomputes == 1
 
 
 @pytest.mark.parametrize("num_blocks", range(20, 44, 3))
@@ -421,6 +503,55 @@ def test_thousands_of_steps_leave_nothing_behind() -> None:
         harness.run()
         harness.check_empty()
     assert harness.scheduler.step > 2000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_memory_is_flat_over_100_000_steps(prefix_caching: bool) -> None:
+    """Containers, their bytes, and all small objects, while nothing is unfinished."""
+    scheduler = Scheduler(
+        config(num_blocks=48, num_host_blocks=40, prefix_caching=prefix_caching), (7,)
+    )
+    draw = random.Random(0)
+    plan: StepPlan | None = None
+    held: list[tuple[int, int, int]] = []
+    number = 0
+    for goal in range(20_000, 120_000, 20_000):
+        while scheduler.step < goal or plan is not None:
+            if scheduler.step < goal and len(scheduler.queues.requests) < 12:
+                tokens = prompt(16)[: draw.choice([0, 8, 16])] + prompt(6, draw.randrange(200))
+                params = SamplingParams(max_tokens=draw.randint(1, 40), n=draw.choice([1, 1, 3]))
+                scheduler.add(Request(str(number), tuple(tokens), params))
+                number += 1
+            if draw.random() < 0.01:
+                scheduler.abort(str(number - draw.randint(1, 10)))
+            plan = step_ahead(scheduler, plan, draw)
+        assert not scheduler.has_unfinished and scheduler.schedule() is None
+        gc.collect()
+        objects = gc.get_objects()
+        held.append((sum(map(sys.getsizeof, objects)), len(objects), sys.getallocatedblocks()))
+        del objects
+    counters = scheduler.counters
+    assert counters.preemptions > 1000 and counters.swapped_in > 1000
+    assert bool(counters.prefix_hit_tokens) == prefix_caching
+    (first_bytes, first_objects, first_blocks), *others = held
+    for num_bytes, num_objects, num_blocks in others:
+        assert num_bytes < first_bytes + 20_000, held
+        assert num_objects < first_objects + 200, held
+        assert num_blocks < first_blocks + 500, held
+
+
+def step_ahead(scheduler: Scheduler, plan: StepPlan | None, draw: random.Random) -> StepPlan | None:
+    """Carry out a step, or the first one; the next, planned before its tokens were known."""
+    if plan is not None and scheduler.prune(plan) and plan.empty:
+        plan = None
+    plan = plan or scheduler.schedule()
+    if plan is None:
+        return None
+    scheduler.advance(plan)
+    draft = scheduler.schedule()
+    scheduler.commit(plan, [SampledToken(draw.randrange(VOCABULARY)) for _ in plan.samples])
+    return draft
 
 
 # -- bad input -----------------------------------------------------------------------------------
