@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from onecast.runtime import cli
 from onecast.runtime.bench import step, step_report
 from onecast.runtime.bench.figures import holds
 from onecast.runtime.bench.step_run import (
@@ -156,6 +157,14 @@ def test_figures_are_medians_over_launches_with_the_spread_of_each():
     assert (rate["value"], rate["spread"], rate["holds"]) == (2000.0, [900.0, 2000.0], True)
     assert ratios["driver_us_256_over_64"]["spread"] == [3.0, 6.0]
     assert ratios["overlap_gain_64"]["value"] == 1
+
+
+def test_every_benchmark_that_the_command_names_is_there():
+    assert cli.BENCHES == ("comm", "telemetry", "blocks", "step")
+    for name in cli.BENCHES:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["bench", name, "--help"])
+        assert ended.value.code == 0
 
 
 class Worker:
