@@ -8,9 +8,9 @@ standard library to say what a machine lacks, installs nothing, and runs from a 
 The environment goes to every part as it is: several ranks of NCCL on one GPU need
 NCCL_MULTI_RANK_GPU_ENABLE=1 and a library that can do it (LD_PRELOAD); without, they are skipped.
 
-Exit status 0: all parts have run and all tests passed, but for what was skipped for a reason that is
-printed; 1: something failed; 2: bad usage; 3: nothing failed, but parts did not run because this
-machine lacks what they need: a GPU, torch, pytest. A figure that is missed is printed as missed.
+Exit status 0: all parts have run and all tests have passed, but for what was skipped for a reason
+that is printed; 1: something failed; 2: bad usage; 3: nothing failed, but parts did not run because
+this machine lacks what they need: a GPU, torch, pytest. Figures that are missed are printed so.
 """
 
 import argparse

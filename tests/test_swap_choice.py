@@ -60,6 +60,17 @@ def test_measuring_ends_when_its_time_is_over() -> None:
     assert len(calls) == 50  # and no more, however much time there is
 
 
+def test_a_first_round_counts_for_nothing() -> None:
+    """It compiles. Of the two that count the middle is taken."""
+
+    def measure(*call: object) -> tuple[float, float]:
+        calls.append(call)
+        return 0.0, {1: 100.0, 2: 1.0, 3: 3.0}[calls.count(call)]
+
+    calls: list[object] = []
+    assert fit(measure, 4, 0.0) == SwapChoice(Cost(2.0, 0.0, 0.0), Cost(2.0, 0.0, 0.0))
+
+
 def test_noise_gives_no_cost_below_nothing() -> None:
     times = {(COPIES, 1, 1): 3.0, (COPIES, 1, 4): 2.0, (COPIES, 4, 4): 1.0}
     times |= {(KERNEL, 1, 1): 2.0, (KERNEL, 4, 4): 1.0}
