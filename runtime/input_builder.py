@@ -128,6 +128,8 @@ class InputBuilder:
         ends = starts + num_new
         # Padding would silently stand in for a missing block.
         assert (ends <= lengths * size).all(), "tokens without a block"
+        singles = int((num_new == 1).sum())
+        assert (num_new[:singles] == 1).all(), "sequences with one new token come first"
 
         last, arrays = self._latest, self._other
         columns, num_tokens = table_columns(int(lengths.max(initial=0))), int(num_new.sum())
@@ -151,8 +153,7 @@ class InputBuilder:
         arrays.generation = last.generation + 1
         self._latest, self._other = arrays, last
         self._scheduled, self._tables, self._lengths = list(scheduled), tables, lengths
-        self._singles = int((num_new == 1).sum())
-        self._grown = _NOTHING
+        self._singles, self._grown = singles, _NOTHING
         self._steps_to_go = 0
         if num_tokens and num_sequences == num_tokens == len(arrays.logits_indices):
             self._steps_to_go = columns * size - int(ends.max())

@@ -38,7 +38,8 @@ class Uniforms:
             self._ahead = min(2 * self._ahead, _MOST_AHEAD) if goes_on else 1
             self._first, step = numbers, 0
             self._rows = self._draw(numbers + np.arange(self._ahead)[:, None])
-        return self._rows[step]
+        row: Shares = self._rows[step]
+        return row
 
     def _draw(self, positions: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Shares:
         counts = positions.astype(np.uint64)

@@ -5,11 +5,15 @@ table or slot shows as wrong content. What it stores for a token depends on all 
 read back through the block table, as keys and values do.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+from plain_inputs import check_frame
+
 from onecast.runtime.block_manager import BlockManager
+from onecast.runtime.input_builder import InputBuilder
 from onecast.runtime.request import (
     Request,
     SampledToken,
@@ -18,11 +22,12 @@ from onecast.runtime.request import (
     Status,
 )
 from onecast.runtime.scheduler import Scheduler, SchedulerConfig
-from onecast.runtime.step import StepPlan, prepare_inputs
+from onecast.runtime.step import StepPlan
 
 VOCABULARY = 50
 Entry = tuple[int, int, int]  # position, token id, hash of the tokens up to here
 START: Entry = (-1, -1, -1)
+Blocks = list[dict[int, Entry]]  # offset: entry
 
 
 def entries(token_ids: list[int]) -> list[Entry]:
@@ -43,25 +48,17 @@ def next_token(last: Entry, index: int) -> int:
 
 
 class CacheModel:
-    """Device and host blocks: block number -> {offset: entry}."""
+    """Device and host blocks, and what a step does to them. Swaps are over before anything else."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.block_size = config.block_size
-        self.device: list[dict[int, Entry]] = [{} for _ in range(config.num_blocks)]
-        self.host: list[dict[int, Entry]] = [{} for _ in range(config.num_host_blocks)]
+        self.device: Blocks = [{} for _ in range(config.num_blocks)]
+        self.host: Blocks = [{} for _ in range(config.num_host_blocks)]
 
     def execute(self, frame: dict[str, Any]) -> list[Entry]:
         """Apply a step; for each row of logits, the entry of its token."""
-        # Within a kind the order must not matter: go backwards, all reads before all writes.
-        for kind, source, target in (
-            ("swap_out", self.device, self.host),
-            ("swap_in", self.host, self.device),
-            ("copy", self.device, self.device),
-        ):
-            pairs = frame[kind].tolist()[::-1]
-            moved = [dict(source[src]) for src, _ in pairs]
-            for (_, dst), content in zip(pairs, moved, strict=True):
-                target[dst] = content
+        self.swap(frame)
+        self.move(self.device, self.device, frame["copy"].tolist())
         size, loc = self.block_size, frame["query_start_loc"].tolist()
         written: list[Entry] = []
         for row, table in enumerate(frame["block_tables"].tolist()):
@@ -75,8 +72,33 @@ class CacheModel:
             assert position + 1 == frame["seq_lens"][row]
         return [written[index] for index in frame["logits_indices"]]
 
+    def swap(self, frame: dict[str, Any]) -> None:
+        self.move(self.device, self.host, frame["swap_out"].tolist())
+        self.move(self.host, self.device, frame["swap_in"].tolist())
+
+    def move(self, source: Blocks, target: Blocks, pairs: list[tuple[int, int]]) -> None:
+        """Within a kind the order must not matter: go backwards, all reads before all writes."""
+        moved = [dict(source[src]) for src, _ in reversed(pairs)]
+        for (_, dst), content in zip(reversed(pairs), moved, strict=True):
+            target[dst] = content
+
     def read(self, table: list[int], position: int) -> Entry:
         return self.device[table[position // self.block_size]][position % self.block_size]
+
+
+class LateCache(CacheModel):
+    """Swaps go on beside the forwards, in order, for as long as no step waits for them."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.under_way: deque[dict[str, Any]] = deque()
+
+    def swap(self, frame: dict[str, Any]) -> None:
+        self.under_way.append(
+            {name: np.copy(frame[name]) for name in ("step", "swap_out", "swap_in")}
+        )
+        while self.under_way and self.under_way[0]["step"] <= frame["swaps_awaited"]:
+            super().swap(self.under_way.popleft())
 
 
 def check_content(cache: CacheModel, plan: StepPlan) -> None:
@@ -152,7 +174,10 @@ class Harness:
         self, config: SchedulerConfig, eos_token_ids: tuple[int, ...] = (), *, drafts: bool = False
     ) -> None:
         self.scheduler = Scheduler(config, eos_token_ids)
+        self.builder = InputBuilder(config)
+        self.frame: dict[str, Any] = {}
         self.cache = CacheModel(config)
+        self.late_cache = LateCache(config)
         self.contents = Contents(config.block_size)
         self.requests: list[Request] = []
         self.plans: list[StepPlan] = []
@@ -171,19 +196,30 @@ class Harness:
         """One step; the sequences that it finished, None when there was nothing to do."""
         scheduler = self.scheduler
         plan, self.draft = self.draft, None
-        if plan is not None and scheduler.prune(plan) and plan.empty:
-            plan = None
-        plan = plan or scheduler.schedule()
+        if plan is not None and scheduler.prune(plan):
+            plan = None if plan.empty else plan
+            if plan is not None:
+                self.frame = self.builder.build(plan)
+        elif plan is not None:
+            self.builder.fill(plan)
         if plan is None:
-            return None
+            plan = scheduler.schedule()
+            if plan is None:
+                return None
+            self.frame = self.builder.build(plan)
         self.plans.append(plan)
         self.check_plan(plan)
-        logits = self.cache.execute(prepare_inputs(plan, scheduler.config.block_size))
+        check_frame(self.frame, plan, scheduler.config.block_size)
+        logits = self.cache.execute(self.frame)
+        assert self.late_cache.execute(self.frame) == logits, "a swap is not waited for"
         check_content(self.cache, plan)
+        check_content(self.late_cache, plan)
         if self.drafts:
             scheduler.advance(plan)
             self.check_blocks()
             self.draft = scheduler.schedule()
+            if self.draft is not None:
+                self.frame = self.builder.build(self.draft)
         if end_before_commit is not None:
             scheduler.finish(end_before_commit, "abort")
         tokens = [

@@ -11,9 +11,10 @@ from scheduler_model import CacheModel, Contents, check_content, check_reference
 from onecast.runtime.block_manager import BlockManager
 from onecast.runtime.block_ops import BlockOps
 from onecast.runtime.block_pool import BlockPool
+from onecast.runtime.input_builder import InputBuilder
 from onecast.runtime.request import Request, SamplingParams, Sequence, Status
 from onecast.runtime.scheduler import SchedulerConfig
-from onecast.runtime.step import ScheduledSequence, StepPlan, prepare_inputs
+from onecast.runtime.step import ScheduledSequence, StepPlan
 
 SIZE = 4
 
@@ -287,6 +288,7 @@ class AnyCalls(RuleBasedStateMachine):
         self.caching = caching
         self.limits = SchedulerConfig(size, blocks, hosts, 1000, 1000, 1000)
         self.manager = BlockManager(blocks, hosts, size, prefix_caching=caching)
+        self.builder = InputBuilder(self.limits)
         self.cache = CacheModel(self.limits)
         self.contents = Contents(size)
         self.all: list[Sequence] = []
@@ -366,7 +368,8 @@ class AnyCalls(RuleBasedStateMachine):
             if num_new:
                 plan.scheduled.append(ScheduledSequence(sequence, num_new, num_new == pending))
         plan.block_ops.validate(self.limits.num_blocks, self.limits.num_host_blocks)
-        self.cache.execute(prepare_inputs(plan, manager.block_size))
+        plan.scheduled.sort(key=lambda entry: entry.num_new_tokens > 1)
+        self.cache.execute(self.builder.build(plan))
         check_content(self.cache, plan)
         for entry in plan.scheduled:
             entry.sequence.num_computed += entry.num_new_tokens
