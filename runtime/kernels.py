@@ -42,7 +42,9 @@ def _move_rows(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,  # words of a tile
 ):
     within = tl.arange(0, TILE)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    tile = tl.program_id(0)
+    # Not `for`: the interpreter of Triton 3.6 takes no range of what a program only knows itself.
+    while tile < num_tiles:
         pair = pairs + 2 * (tile // TILES)
         # int64, as the pairs are: a pool may have more than 2 ** 31 words.
         from_row = source + tl.load(pair) * WORDS
@@ -56,6 +58,7 @@ def _move_rows(  # type: ignore[no-untyped-def]
             inside = words < WORDS
             moved = tl.load(from_row + words, mask=inside, eviction_policy="evict_first")
             tl.store(to_row + words, moved, mask=inside, eviction_policy="evict_first")
+        tile += tl.num_programs(0)
 
 
 def as_words(rows: Tensor) -> Tensor:
