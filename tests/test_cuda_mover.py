@@ -17,18 +17,31 @@ from racing_streams import Machine, Race, racing_streams
 
 from onecast.runtime import cuda_mover
 from onecast.runtime.cuda_mover import CudaMover
+from onecast.runtime.kv_cache import CacheSpec, KVCache
 from onecast.runtime.swap_choice import COPIES, KERNEL, Cost, SwapChoice
 
 CUDA = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-BLOCKS, HOST_BLOCKS, ROW_BYTES = 24, 16, 40
+BLOCKS, HOST_BLOCKS = 24, 16
 Pair = tuple[int, int]
 
 
 def as_pairs(pairs: list[Pair]) -> np.ndarray[Any, Any]:
     return np.array(pairs, dtype=np.int64).reshape(len(pairs), 2)
+
+
+def make_cache(device: str, head_dim: int, make_mover: Any) -> KVCache:
+    """With blocks of 8 bytes for each of `head_dim`."""
+    return KVCache(
+        CacheSpec(num_layers=1, num_kv_heads=1, head_dim=head_dim, dtype=torch.float32),
+        num_blocks=BLOCKS,
+        num_host_blocks=HOST_BLOCKS,
+        block_size=1,
+        device=device,
+        make_mover=make_mover,
+    )
 
 
 class Plans:
@@ -91,15 +104,9 @@ class Plan:
         self.swap_out, self.swap_in, self.copy = swap_out, swap_in, copy
         self.reads, self.writes = reads, writes
 
-    def apply(self, mover: CudaMover) -> None:
-        """As `KVCache.apply` does."""
-        if self.swap_out:
-            mover.swap_out(self.step, as_pairs(self.swap_out))
-        if self.swap_in:
-            mover.swap_in(self.step, as_pairs(self.swap_in))
-        mover.wait(self.awaited)
-        if self.copy:
-            mover.copy(as_pairs(self.copy))
+    def apply(self, cache: KVCache) -> None:
+        pairs = {name: as_pairs(getattr(self, name)) for name in ("swap_out", "swap_in", "copy")}
+        cache.apply({"step": self.step, "swaps_awaited": self.awaited, **pairs})
 
 
 class Model:
@@ -131,21 +138,24 @@ class Bench:
         else:
             monkeypatch.setattr(cuda_mover, "_load_kernel", lambda device, host: None)
         self.machine = machine
-        rng = np.random.default_rng(0)
-        self.device, self.host = (
-            torch.from_numpy(rng.integers(0, 256, (count, ROW_BYTES), dtype=np.uint8))
-            for count in (BLOCKS, HOST_BLOCKS)
-        )
-        machine.adopt(self.device, "device block")
-        machine.adopt(self.host, "host block")
-        machine.homes[self.device.untyped_storage().data_ptr()] = "default"
-        self.mover = CudaMover(self.device, self.host, way)
+        self.cache = make_cache("cpu", 5, lambda *rows: self._make_mover(*rows, way))
         machine.finish()
         self.model = Model(self.device, self.host)
         self.forwards: list[tuple[list[Any], np.ndarray[Any, Any]]] = []
 
+    def _make_mover(self, device: torch.Tensor, host: torch.Tensor, way: str) -> CudaMover:
+        self.machine.adopt(device, "device block")
+        self.machine.adopt(host, "host block")
+        self.machine.homes[device.untyped_storage().data_ptr()] = "default"
+        numbers = np.random.default_rng(0)
+        for rows in (device, host):
+            rows.copy_(torch.from_numpy(numbers.integers(0, 256, rows.shape, dtype=np.uint8)))
+        self.device, self.host = device, host
+        self.mover = CudaMover(device, host, way)
+        return self.mover
+
     def run(self, plan: Plan) -> None:
-        plan.apply(self.mover)
+        plan.apply(self.cache)
         found: list[Any] = []
         rows = [self.machine.rows(self.device[block : block + 1])[0] for block in range(BLOCKS)]
 
@@ -308,7 +318,7 @@ def test_events_are_used_again(way: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with bench(0, way, monkeypatch) as made:
         plans = Plans(0)
         for _ in range(1000):
-            plans.next().apply(made.mover)
+            plans.next().apply(made.cache)
         most = cuda_mover._MOST_PENDING
         assert len(made.mover._pending) + len(made.mover._spare) <= most
         assert made.machine.events_made <= most + 12
@@ -374,9 +384,9 @@ def test_a_pool_that_goes_while_a_swap_is_under_way_waits_for_it(
         for step in range(5):
             made.mover.swap_out(step, as_pairs([(1, 1)]))
         side = made.machine.streams[1]
-        made.mover, gone = CudaMover(made.device, made.host, COPIES), made.mover
+        made.mover = CudaMover(made.device, made.host, COPIES)  # beside the cache's
         assert side.queue
-        del gone
+        made.cache = None
         gc.collect()
         assert not side.queue
 
@@ -463,20 +473,20 @@ def test_a_way_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("stream", ["default", "user"])
 def test_random_steps_on_a_gpu(way: str, stream: str) -> None:
     """Blocks large enough for swaps to be under way while the forward runs."""
-    device = torch.zeros(BLOCKS, 1 << 20, dtype=torch.uint8, device="cuda")
-    host = torch.zeros(HOST_BLOCKS, 1 << 20, dtype=torch.uint8, pin_memory=True)
     with contextlib.ExitStack() as stack:
         if stream == "user":
             torch.cuda.synchronize()
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-        mover = CudaMover(device, host, way)
+        cache = make_cache("cuda", 1 << 17, lambda *rows: CudaMover(*rows, way))
+        pools = (cache.device_pool, cache.host_pool)
+        device, host = (pool.view(len(pool), -1).view(torch.uint8) for pool in pools)
         device.copy_(torch.arange(BLOCKS)[:, None])
         host.copy_(100 + torch.arange(HOST_BLOCKS)[:, None])
         torch.cuda.synchronize()
         model, plans = Model(device[:, :1], host[:, :1]), Plans(7)
         for number in range(400):
             plan = plans.next()
-            plan.apply(mover)
+            plan.apply(cache)
             # No indexing by lists: the host would wait for their upload, and so for the stream.
             read = torch.stack([device[block, :1] for block in plan.reads])
             for block in plan.writes:
@@ -484,6 +494,7 @@ def test_random_steps_on_a_gpu(way: str, stream: str) -> None:
             expected = model.apply(plan)
             if number % 20 == 0:
                 assert (read.cpu().numpy() == expected).all()
-        mover.close()
+        cache.close()
+        torch.cuda.synchronize()
         assert (device.cpu().numpy() == model.device).all()
         assert (host.numpy() == model.host).all()
