@@ -1,8 +1,9 @@
 """Runs the whole engine on real ranks and reports what it did. A helper, not a test."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,10 @@ class Case:
     transport: str = "auto"
     prefix_caching: bool = True
     overlap: bool = True
+    behind_launch: bool = False  # plan ahead where a GPU's driver does
+    eos_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's
+    arrivals: Mapping[int, int] = field(default_factory=dict)  # request -> step, where not 0
+    aborts: Mapping[int, int] = field(default_factory=dict)  # request -> step
 
 
 @dataclass
@@ -55,13 +60,34 @@ class Outcome:
     swapped_in: int
     copied: int
     recomputes: int
+    prefix_hits: int  # tokens
     peak_blocks: int
     free_at_end: tuple[int, int]
+    published: list[dict[str, Any]]  # frames, arrays as lists
     follower_steps: list[int] = field(default_factory=list)
 
     @property
     def token_ids(self) -> list[list[list[int]]]:
         return [[[t.token_id for t in choice] for choice in n] for n in self.outputs]
+
+
+class LaunchingExecutor(StepExecutor):
+    """Says that a device is still at the forward when the call returns."""
+
+    asynchronous = True
+
+
+class RecordingChannel:
+    """Publishes, and keeps what it published."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.published: list[dict[str, Any]] = []
+
+    def publish(self, mapping: Mapping[str, Any]) -> Any:
+        frame = {k: v if isinstance(v, int) else v.tolist() for k, v in mapping.items()}
+        self.published.append(frame)
+        return self._channel.publish(mapping)
 
 
 def run_cases(cases: Sequence[Case], tp: int = 1) -> list[Outcome]:
@@ -91,7 +117,8 @@ def _run_cases(rank: int, cases: list[Case]) -> list[Outcome] | list[int]:
             device="cpu",
         )
         channel = open_channel(group, transport=case.transport, timeout_s=60)
-        executor = StepExecutor(model, kv_cache, NullObserver())
+        executor_type = LaunchingExecutor if case.behind_launch else StepExecutor
+        executor = executor_type(model, kv_cache, NullObserver())
         if rank == 0:
             calls.clear()
             outcomes.append(_drive(case, channel, executor, calls))
@@ -128,11 +155,12 @@ def _drive(case: Case, channel: Channel, executor: StepExecutor, calls: list[int
             chunked_prefill=case.chunked_prefill,
             prefix_caching=case.prefix_caching,
         ),
-        model.eos_token_ids,
+        model.eos_token_ids if case.eos_token_ids is None else case.eos_token_ids,
     )
+    recording = RecordingChannel(channel)
     engine = Engine(
         scheduler=scheduler,
-        channel=channel,
+        channel=recording,
         executor=executor,
         sampler=Sampler(),
         tokenizer=Tokenizer(case.checkpoint),
@@ -143,15 +171,22 @@ def _drive(case: Case, channel: Channel, executor: StepExecutor, calls: list[int
         Request(str(number), tuple(prompt), params)
         for number, (prompt, params) in enumerate(zip(case.prompts, case.params, strict=True))
     ]
-    for request in requests:
-        engine.add(request)
-    texts = {}
-    while engine.has_unfinished:
-        texts.update(engine.step())
+    texts: dict[Any, str] = {}
+    arriving = dict(enumerate(requests))
+    while arriving or engine.has_unfinished:
+        step = engine.frames.count
+        for number in list(arriving):
+            if case.arrivals.get(number, 0) <= step or not engine.has_unfinished:
+                engine.add(arriving.pop(number))
+        for number, at in case.aborts.items():
+            if at == step:
+                engine.abort(requests[number].request_id)
+        if engine.has_unfinished:
+            texts.update(engine.step())
     counters, gauges = scheduler.counters, scheduler.gauges
     return Outcome(
         outputs=[[s.output for s in request.sequences] for request in requests],
-        texts=[[texts[s] for s in request.sequences] for request in requests],
+        texts=[[texts.get(s, "") for s in request.sequences] for request in requests],
         finish_reasons=[[s.finish_reason for s in request.sequences] for request in requests],
         swaps=[sum(s.num_swaps for s in request.sequences) for request in requests],
         steps=engine.frames.count,
@@ -162,6 +197,8 @@ def _drive(case: Case, channel: Channel, executor: StepExecutor, calls: list[int
         swapped_in=counters.swapped_in,
         copied=counters.copied,
         recomputes=counters.recomputes,
+        prefix_hits=counters.prefix_hit_tokens,
         peak_blocks=counters.peak_device_blocks,
         free_at_end=(gauges.free_blocks, gauges.free_host_blocks),
+        published=recording.published,
     )
