@@ -9,15 +9,11 @@ or the host's own waiting (vector clocks), however they happened to fall this ti
                                                                      event  --(query)--> host
 """
 
-import contextlib
-import itertools
 import random
-import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import pytest
 import torch
 
 Clock = dict[str, int]
@@ -254,77 +250,3 @@ class Machine:
             assert home == name or (address, name) in self.recorded, (
                 f"memory of {home} would be given to others while {name} uses it"
             )
-
-
-@contextlib.contextmanager
-def racing_streams(machine: Machine) -> Iterator[None]:
-    """`torch.cuda` is the machine; tensors that it adopted are moved by it."""
-    empty, copy, to, numpy = torch.empty, torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.numpy
-    numbers = itertools.count(1)
-
-    @contextlib.contextmanager
-    def use(stream: Stream) -> Iterator[None]:
-        machine.stack.append(stream)
-        try:
-            yield
-        finally:
-            machine.stack.pop()
-
-    def known(tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in machine.memories
-
-    def empty_(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        made = empty(*size, **options)
-        if pin_memory:
-            machine.adopt(made, "page-locked pairs")
-        return made
-
-    def copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        if not (known(self) and known(source)):
-            return copy(self, source, non_blocking)
-        assert non_blocking, "the host would wait"
-        assert len(self) == len(source)
-        machine.log.append(f"copy of {len(self)} on {machine.current.name}")
-        machine.submit(machine.rows(source), machine.rows(self), lambda: copy(self, source), "copy")
-        return self
-
-    def to_(self: torch.Tensor, *options: Any, non_blocking: bool = False) -> torch.Tensor:
-        if not known(self):
-            return to(self, *options, non_blocking=non_blocking)
-        assert non_blocking, "the host would wait"
-        made = torch.full_like(self, -1)
-        machine.adopt(made, "uploaded pairs")
-        machine.homes[made.untyped_storage().data_ptr()] = machine.current.name
-        machine.submit(machine.rows(self), machine.rows(made), lambda: copy(made, self), "upload")
-        return made
-
-    def numpy_(self: torch.Tensor) -> Any:
-        if known(self):
-            machine.host_writes(self, "pairs written")
-        return numpy(self)
-
-    def record_stream(self: torch.Tensor, stream: Stream) -> None:
-        machine.recorded.add((self.untyped_storage().data_ptr(), stream.name))
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "Stream": lambda device: machine.stream(f"side {next(numbers)}"),
-            "Event": lambda enable_timing=False: Event(machine),
-            "_sleep": lambda cycles: None,
-            "current_stream": lambda device: machine.current,
-            "stream": use,
-            "device": lambda device: contextlib.nullcontext(),
-            "synchronize": lambda device: machine.finish(),
-            "get_device_properties": lambda device: types.SimpleNamespace(multi_processor_count=4),
-        }.items():
-            patch.setattr(torch.cuda, name, value)
-        patch.setattr(torch, "empty", empty_)
-        for name, method in {
-            "copy_": copy_,
-            "to": to_,
-            "numpy": numpy_,
-            "record_stream": record_stream,
-            "is_pinned": lambda self: known(self),
-        }.items():
-            patch.setattr(torch.Tensor, name, method)
-        yield

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from racing_streams import Machine, Race, racing_streams
+from racing_cuda import racing_streams
+from racing_streams import Event, Machine, Race
 
 from onecast.runtime import cuda_mover
 from onecast.runtime.cuda_mover import CudaMover
@@ -236,8 +237,6 @@ def test_a_wait_for_too_old_a_step_is_a_race(monkeypatch: pytest.MonkeyPatch) ->
 def test_pairs_that_are_written_over_before_they_are_read_are_a_race(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from racing_streams import Event
-
     with bench(0, KERNEL, monkeypatch) as made:
         monkeypatch.setattr(Event, "synchronize", lambda self: None)
         with pytest.raises(Race, match="page-locked pairs"):
@@ -457,6 +456,21 @@ def test_a_host_pool_that_is_not_page_locked_is_left_to_copies(
         mover.wait(0)
         mover.copy(as_pairs([(0, 2), (1, 3)]))
         assert machine.log[-1] == "kernel of 2 on default"  # within the device it still is best
+        mover.close()
+
+
+def test_an_empty_host_pool_is_no_reason_to_do_without_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels = pytest.importorskip("onecast.runtime.kernels", exc_type=ImportError)
+    machine = Machine(0)
+    monkeypatch.setattr(kernels, "move_rows", machine.move_rows)
+    with racing_streams(machine):
+        device, host = (torch.zeros(count, 8, dtype=torch.uint8) for count in (4, 0))
+        machine.adopt(device, "device block")
+        mover = CudaMover(device, host)
+        mover.copy(as_pairs([(0, 2), (1, 3)]))
+        assert machine.log[-1] == "kernel of 2 on default"
         mover.close()
 
 

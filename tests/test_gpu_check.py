@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from racing_cuda import racing_streams
 from racing_streams import Machine as GpuMachine
-from racing_streams import racing_streams
 
 from onecast.runtime import cli, gpu_check
 from onecast.runtime.bench import blocks_gpu, blocks_hidden, gpu, telemetry_gpu
