@@ -21,7 +21,7 @@ from .terminal import deliver, make_parser
 
 _BATCHES = (1, 16, 64, 256)
 QUICK = Plan(_BATCHES, places=64, context=1000, rounds=2, warm_steps=30, steps=150, launches=1)
-FULL = Plan(_BATCHES, places=64, context=1000, rounds=3, warm_steps=50, steps=400, launches=3)
+FULL = Plan(_BATCHES, places=64, context=1000, rounds=6, warm_steps=50, steps=200, launches=3)
 
 
 def main(argv: Sequence[str]) -> int:
