@@ -254,8 +254,30 @@ def test_a_plan_left_with_nothing_is_dropped_and_its_number_used_again(checkpoin
     stopping = replace(params, stop_token_ids=(own[stop_at],))
     (outcome,) = run_cases([replace(case, params=[stopping, stopping])])
     assert outcome.token_ids == [[own[: stop_at + 1]]] * 2
+    assert outcome.texts == [[Tokenizer(checkpoint).decode(own[:stop_at])]] * 2
     steps = [frame["step"] for frame in outcome.published]
     assert steps == list(range(2 * (stop_at + 1)))
+
+
+def test_a_token_that_nobody_waits_for_any_more_is_not_drawn() -> None:
+    limits = SchedulerConfig(4, 40, 0, max_batch_tokens=64, max_batch_size=8, max_model_len=60)
+    scheduler = Scheduler(limits)
+    requests = [Request(name, (5, 6, 7), SamplingParams(max_tokens=9)) for name in "ab"]
+    for request in requests:
+        scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.advance(plan)
+    left, other = (request.sequences[0] for request in requests)
+    assert left.token_ids == other.token_ids == [5, 6, 7, PLACEHOLDER]
+    draft = scheduler.schedule()
+    assert draft is not None and draft.samples == [left, other]
+    scheduler.abort("a")
+    assert scheduler.commit(plan, [SampledToken(8), SampledToken(9)]) == []
+    assert (left.token_ids, left.output) == ([5, 6, 7], [])
+    assert (other.token_ids, other.output) == ([5, 6, 7, 9], [SampledToken(9)])
+    assert scheduler.prune(draft)
+    assert (draft.samples, draft.sample_rows, draft.step) == ([other], [0], 1)
 
 
 # -- errors --------------------------------------------------------------------------------------
