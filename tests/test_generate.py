@@ -102,6 +102,32 @@ def test_the_same_batch_gives_the_same_bytes_of_text_again(tmp_path: Path) -> No
     assert len(set(texts[0].values())) == 6  # each request its own draws, though prompts are equal
 
 
+def test_what_the_prefix_cache_finds_is_in_the_usage_and_in_the_summary(tmp_path: Path) -> None:
+    lines = [completion(f"r{i}", "In the beginning " * 8, max_tokens=4) for i in range(3)]
+    batch = write_batch(tmp_path / "in.jsonl", lines)
+    usages, texts, tables = [], [], []
+    for name, options in (("on", ()), ("off", ("--no-prefix-caching", "--no-overlap"))):
+        output = tmp_path / name
+        one_at_a_time = ("--max-batch-size=1", "--no-telemetry", *options)
+        status, out, err = run(*generate_args(batch, output, *one_at_a_time, tp=1))
+        assert status == 0, err
+        results = sorted(read_results(output), key=lambda result: result["custom_id"])
+        bodies = [result["response"]["body"] for result in results]
+        usages.append([body["usage"] for body in bodies])
+        texts.append([body["choices"][0]["text"] for body in bodies])
+        tables.append(out)
+    assert texts[0] == texts[1]
+    length = usages[0][0]["prompt_tokens"]
+    shared = (length - 1) // 16 * 16  # full blocks, and never the last token
+    assert shared >= 16
+    found = [usage.pop("prompt_tokens_details")["cached_tokens"] for usage in usages[0]]
+    assert found == [0, shared, shared]
+    assert usages[0] == usages[1]
+    share = f"{2 * shared:,} of {3 * length:,} tokens"
+    assert "found in the prefix cache" in tables[0] and share in tables[0]
+    assert "prefix cache" not in tables[1]
+
+
 def test_plain_torchrun_runs_the_same_worker(tmp_path: Path) -> None:
     batch, output = write_batch(tmp_path / "in.jsonl", [completion("a")]), tmp_path / "out.jsonl"
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2"]
