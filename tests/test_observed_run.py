@@ -171,6 +171,13 @@ def test_a_scrape_finds_exactly_the_collectives_that_the_model_must_have_issued(
     ):
         name = ("onecast_kv_blocks_moved_total", ("direction", direction), ("rank", "0"))
         assert samples[name] == value
+    hits, queried = counters.prefix_hit_tokens, counters.prefix_queried_tokens
+    assert 0 < hits < queried
+    for result, value in (("hit", hits), ("computed", queried - hits)):
+        name = ("onecast_prefix_cache_tokens_total", ("rank", "0"), ("result", result))
+        assert samples[name] == value
+    phase = ("onecast_step_phase_seconds_count", ("phase", "schedule.ahead"), ("rank", "0"))
+    assert samples[phase] == steps
     unrecorded = [v for k, v in samples.items() if k[0] == "onecast_collective_unrecorded_total"]
     assert unrecorded and not any(unrecorded)
 
