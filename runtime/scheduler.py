@@ -199,8 +199,7 @@ class Scheduler:
         Less what sequences give back that surely end with this one's token.
         """
         queues, references = self.queues, self.blocks.device.references
-        growing = [s for s in self._growth.due(self.step + 1) if s in queues.decodes]
-        needed = sum(not _ends_now(sequence) for sequence in growing)
+        needed = sum(s in queues.decodes for s in self._growth.due(self.step + 1))
         needed += sum(map(self._growth_after_prompt, queues.prefills))
         for sequence in filter(_ends_now, queues.decodes):
             needed -= sum(references[block] == 1 for block in sequence.block_table)

@@ -183,6 +183,7 @@ class Harness:
         self.plans: list[StepPlan] = []
         self.drafts = drafts
         self.draft: StepPlan | None = None
+        self.tokens_at_entry: dict[Sequence, int] = {}  # of those on the device
 
     def add(self, prompt: list[int], request_id: str | None = None, **params: Any) -> Request:
         request = Request(
@@ -203,7 +204,7 @@ class Harness:
         elif plan is not None:
             self.builder.fill(plan)
         if plan is None:
-            plan = scheduler.schedule()
+            plan = self.schedule()
             if plan is None:
                 return None
             self.frame = self.builder.build(plan)
@@ -217,7 +218,7 @@ class Harness:
         if self.drafts:
             scheduler.advance(plan)
             self.check_blocks()
-            self.draft = scheduler.schedule()
+            self.draft = self.schedule()
             if self.draft is not None:
                 self.frame = self.builder.build(self.draft)
         if end_before_commit is not None:
@@ -231,6 +232,24 @@ class Harness:
         if not self.drafts:  # else the moves of the draft are not done yet
             self.check_blocks()
         return finished
+
+    def schedule(self) -> StepPlan | None:
+        """Plan a step; whoever leaves it early, for the sake of the next, may do so."""
+        queues, blocks = self.scheduler.queues, self.scheduler.blocks
+        running = queues.running
+        early = blocks.missing(running)[0] <= blocks.device.num_free
+        before = [(s, s.num_tokens - self.tokens_at_entry.get(s, 0)) for s in running]
+        plan = self.scheduler.schedule()
+        for sequence, num_drawn in before:
+            if early and sequence.status is not Status.RUNNING:
+                assert num_drawn > 0, "it has drawn no token since it came"
+                assert sequence.status is Status.SWAPPED, "recomputed before there was need"
+                num_output = sequence.num_tokens - sequence.num_prompt
+                assert sequence.request.params.max_tokens - num_output > 1, "it ends by itself"
+        self.tokens_at_entry = {
+            s: self.tokens_at_entry.get(s, s.num_tokens) for s in queues.running
+        }
+        return plan
 
     def run(self, max_steps: int = 100_000) -> int:
         """Until all is finished; the number of steps."""

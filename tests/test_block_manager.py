@@ -143,6 +143,19 @@ def test_a_swap_moves_what_is_computed_and_comes_back_with_room_to_grow() -> Non
     assert len(sequence.block_table) == 5 and manager.host.num_free == 5
 
 
+def test_blocks_that_a_swap_out_reads_are_filled_last() -> None:
+    manager = plain(6, 6)
+    (gone,), (grows,) = sequences(6), sequences(5)
+    compute(manager, gone)
+    ops = manager.begin_step()
+    manager.swap_out(gone)
+    assert [device for device, _ in ops.swap_out] == [0, 1]
+    manager.reserve(grows)
+    grows.token_ids = list(range(17))
+    manager.reserve(grows)
+    assert grows.block_table[:4] == [2, 3, 4, 5] and grows.block_table[4] in (0, 1)
+
+
 def test_a_full_host_pool_refuses_a_swap() -> None:
     manager = plain(5, 1)
     (sequence,) = sequences(5)

@@ -109,6 +109,19 @@ def test_the_chunks_of_a_long_prompt_are_found_before_it_is_through() -> None:
     assert second.num_cached_tokens == 8
 
 
+def test_who_waits_for_room_is_let_in_when_its_prefix_has_been_computed() -> None:
+    one = harness(num_blocks=18, max_batch_tokens=16)
+    one.add(tokens(48), max_tokens=8)
+    one.step()
+    (second,) = one.add([*tokens(46), 0, 0, 0], max_tokens=2).sequences
+    one.step()
+    assert second.status is Status.WAITING, "thirteen blocks more, as far as is known"
+    one.step()
+    one.step()
+    assert second.num_cached_tokens == 44
+    one.run()
+
+
 def test_answers_are_found_like_prompts() -> None:
     one = harness()
     first = serve(one, tokens(6), max_tokens=10)
@@ -392,7 +405,7 @@ def test_a_step_costs_the_same_whatever_is_cached_and_however_long_its_sequences
 @pytest.mark.parametrize("swapped", [True, False])
 def test_looking_again_for_room_costs_the_same_however_much_is_wanted(swapped: bool) -> None:
     costs = []
-    for length in (40, 400):
+    for length in (80, 400):
         one = harness(
             num_blocks=length // 2 + (20 if swapped else 5),
             num_host_blocks=1000 * swapped,
@@ -406,9 +419,11 @@ def test_looking_again_for_room_costs_the_same_however_much_is_wanted(swapped: b
                 pass
             assert one.scheduler.gauges.swapped
         else:
+            one.add(tokens(length // 2, 9000), max_tokens=60)
             one.step()
-            one.add(tokens(2 * length - 10, 5000), max_tokens=4)
+            one.add([*tokens(length), *tokens(length - 10, 5000)], max_tokens=4)
         one.step()
-        assert one.scheduler.gauges.running == 1
+        gauges = one.scheduler.gauges
+        assert (gauges.running, gauges.waiting) == ((1, 0) if swapped else (2, 1))
         costs.append(min(lines_of_schedule(one.scheduler) for _ in range(3)))
     assert costs[0] == costs[1]
