@@ -1,6 +1,6 @@
 """Tensor-parallel inference workers. Run them with the `onecast` command or under torchrun.
 
-For an engine of one's own: `Scheduler` decides, `prepare_inputs` makes the frame of a step,
+For an engine of one's own: `Scheduler` decides, `InputBuilder` makes the frame of a step,
 `StepExecutor` carries it out on each rank with a `ModelRunner`, and `Engine` is the driver's loop
 around them. Names are imported when first asked for: deciding needs no torch.
 """
@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine
     from .executor import StepExecutor
+    from .input_builder import InputBuilder
     from .kv_cache import CacheSpec, KVCache
     from .model_runner import ModelRunner, load_model
     from .request import Request, SampledToken, SamplingParams, Sequence
     from .sampling import Sampler
     from .scheduler import Scheduler, SchedulerConfig
-    from .step import StepPlan, prepare_inputs
+    from .step import StepPlan
     from .tokenizer import Tokenizer
 
 _MODULES = {
     "CacheSpec": "kv_cache",
     "Engine": "engine",
+    "InputBuilder": "input_builder",
     "KVCache": "kv_cache",
     "ModelRunner": "model_runner",
     "Request": "request",
@@ -35,12 +37,12 @@ _MODULES = {
     "StepPlan": "step",
     "Tokenizer": "tokenizer",
     "load_model": "model_runner",
-    "prepare_inputs": "step",
 }
 
 __all__ = [
     "CacheSpec",
     "Engine",
+    "InputBuilder",
     "KVCache",
     "ModelRunner",
     "Request",
@@ -54,7 +56,6 @@ __all__ = [
     "StepPlan",
     "Tokenizer",
     "load_model",
-    "prepare_inputs",
 ]
 
 

@@ -29,7 +29,7 @@ class StepExecutor:
         return self._kv_cache.device.type == "cuda"
 
     def execute(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Run one step; `inputs` is the step's frame as `step.prepare_inputs` lays it out.
+        """Run one step; `inputs` is the step's frame as `InputBuilder.build` lays it out.
 
         Returns the float32 logits `[num_rows, vocab_size]` on the driver, None elsewhere, and
         None for a step without sequences, which only moves blocks.

@@ -1,23 +1,13 @@
 """The frame of a step: the arrays that a plan becomes, checked by hand."""
 
-import numpy as np
-import pytest
+from typing import Any
 
+from plain_inputs import DTYPES
+
+from onecast.runtime.admission import SchedulerConfig
+from onecast.runtime.input_builder import InputBuilder
 from onecast.runtime.request import Request, SamplingParams, Sequence
-from onecast.runtime.step import BlockOps, ScheduledSequence, StepPlan, prepare_inputs
-
-DTYPES = {
-    "swap_out": np.int64,
-    "swap_in": np.int64,
-    "copy": np.int64,
-    "input_ids": np.int64,
-    "positions": np.int64,
-    "slot_mapping": np.int64,
-    "query_start_loc": np.int32,
-    "seq_lens": np.int32,
-    "block_tables": np.int32,
-    "logits_indices": np.int64,
-}
+from onecast.runtime.step import BlockOps, ScheduledSequence, StepPlan
 
 
 def sequence(tokens: list[int], num_computed: int, table: list[int]) -> Sequence:
@@ -26,14 +16,20 @@ def sequence(tokens: list[int], num_computed: int, table: list[int]) -> Sequence
     return result
 
 
-def check(plan: StepPlan, block_size: int, expected: dict[str, object]) -> None:
-    frame = prepare_inputs(plan, block_size)
-    assert list(frame) == ["step", *DTYPES], "keys and their order never change"
-    assert type(frame["step"]) is int
+def build(plan: StepPlan, block_size: int) -> dict[str, Any]:
+    return InputBuilder(SchedulerConfig(block_size, 16, 16, 64, 8, 64)).build(plan)
+
+
+def check(plan: StepPlan, block_size: int, expected: dict[str, Any]) -> None:
+    frame = build(plan, block_size)
+    assert list(frame) == ["step", "swaps_awaited", *DTYPES], "keys and their order never change"
+    assert type(frame["step"]) is int and type(frame["swaps_awaited"]) is int
     for name, dtype in DTYPES.items():
         assert frame[name].dtype == dtype, name
         assert frame[name].flags.c_contiguous, name
         frame[name] = frame[name].tolist()
+    assert [row[8:] for row in frame["block_tables"]] == [[]] * len(plan.scheduled)
+    expected["block_tables"] = [row + [0] * (8 - len(row)) for row in expected["block_tables"]]
     assert frame == expected
 
 
@@ -55,6 +51,7 @@ def test_a_mixed_step() -> None:
         4,
         {
             "step": 41,
+            "swaps_awaited": -1,
             "swap_out": [[3, 0]],
             "swap_in": [],
             "copy": [[4, 2], [4, 6]],
@@ -84,6 +81,7 @@ def test_a_step_of_decodes() -> None:
         2,
         {
             "step": 7,
+            "swaps_awaited": 7,  # block 3 comes in this very step
             "swap_out": [],
             "swap_in": [[8, 3]],
             "copy": [],
@@ -98,15 +96,9 @@ def test_a_step_of_decodes() -> None:
     )
 
 
-def test_the_last_frame_has_the_layout_of_all_others() -> None:
-    expected: dict[str, object] = {name: [] for name in DTYPES}
-    check(StepPlan(-1), 16, {"step": -1, **expected, "query_start_loc": [0]})
-    frame = prepare_inputs(StepPlan(-1), 16)
+def test_a_frame_without_sequences_has_the_layout_of_all_others() -> None:
+    expected: dict[str, Any] = {name: [] for name in DTYPES}
+    check(StepPlan(5), 16, {"step": 5, "swaps_awaited": -1, **expected, "query_start_loc": [0]})
+    frame = build(StepPlan(5), 16)
     assert [frame[name].shape for name in ("swap_out", "swap_in", "copy")] == [(0, 2)] * 3
     assert frame["block_tables"].shape == (0, 0)
-
-
-def test_a_token_without_a_block_is_noticed() -> None:
-    plan = StepPlan(0, [ScheduledSequence(sequence([1, 2, 3], 2, [4]), 1, True)])
-    with pytest.raises(AssertionError, match="tokens without a block"):
-        prepare_inputs(plan, 2)

@@ -52,7 +52,7 @@ def _decode(blocks: dict[str, Any], sequences: int, width: int) -> dict[str, Any
 
 
 def _prefill(blocks: dict[str, Any], sequences: int, length: int) -> dict[str, Any]:
-    """The keys of runtime's `step.prepare_inputs`."""
+    """The keys of a step of the runtime, see `InputBuilder.build`."""
     tokens = sequences * length
     width = length // _BLOCK_SIZE
     starts = torch.arange(sequences + 1, dtype=torch.int32) * length
