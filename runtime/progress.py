@@ -16,6 +16,8 @@ from .queues import Queues
 from .request import PLACEHOLDER, SampledToken, Sequence, Status
 from .step import ScheduledSequence, StepPlan
 
+_RUNNING, _ENDING = Status.RUNNING, Status.ENDING  # an enum's member takes time to look up
+
 
 class Progress:
     """Moves tokens (`num_computed`, `token_ids`), forks, and ends sequences."""
@@ -39,13 +41,12 @@ class Progress:
         assert self._advanced is None, f"step {plan.step}: the tokens of the last one are missing"
         self._advanced = plan
         self._any_ended = False
-        for entry in plan.scheduled:
-            self._advance(entry)
+        self._compute(plan.scheduled)
         for sequence in plan.samples:
-            if sequence.status is not Status.RUNNING:  # it ended while the workers computed
+            if sequence.status is not _RUNNING:  # it ended while the workers computed
                 continue
             sequence.token_ids.append(PLACEHOLDER)
-            if len(sequence.output) + 1 >= sequence.request.params.max_tokens:
+            if len(sequence.token_ids) >= sequence.max_num_tokens:
                 self._blocks.free(sequence)
                 self._queues.leave_to_end(sequence)
 
@@ -56,25 +57,25 @@ class Progress:
             self.advance(plan)
         self._advanced = None
         eos_token_ids = self._eos_token_ids
+        num_drawn = 0
         finished = []
         for sequence, token in zip(plan.samples, tokens, strict=True):
             token_ids = sequence.token_ids
             if token_ids[-1] != PLACEHOLDER:  # it ended while the workers computed
                 continue
-            token_id = token.token_id
-            token_ids[-1] = token_id
+            token_ids[-1] = token_id = token.token_id
             sequence.output.append(token)
-            self._counters.generated_tokens += 1
-            params = sequence.request.params
-            if (token_id in eos_token_ids and not params.ignore_eos) or (
-                token_id in params.stop_token_ids
+            num_drawn += 1
+            if token_id in sequence.stop_token_ids or (
+                token_id in eos_token_ids and not sequence.request.params.ignore_eos
             ):
                 self.finish(sequence, "stop")
-            elif sequence.status is Status.ENDING:
+            elif sequence.status is _ENDING:
                 self.finish(sequence, "length")
             else:
                 continue
             finished.append(sequence)
+        self._counters.generated_tokens += num_drawn
         return finished
 
     def prune(self, plan: StepPlan) -> bool:
@@ -119,14 +120,18 @@ class Progress:
             self.finish(sequence, "abort")
         return ended
 
-    def _advance(self, entry: ScheduledSequence) -> None:
-        """Account for tokens that are in the cache now; fork once the prompt is."""
-        sequence = entry.sequence
-        prompt_left = sequence.num_prompt - sequence.num_computed
-        if prompt_left > 0:
-            self._counters.prompt_tokens += min(prompt_left, entry.num_new_tokens)
-        sequence.num_computed += entry.num_new_tokens
-        if entry.samples:
-            for child in self._queues.forks.pop(sequence):
-                self._blocks.fork(sequence, child)
-                self._queues.enter(child)
+    def _compute(self, scheduled: list[ScheduledSequence]) -> None:
+        """Account for tokens that are in the cache now; fork once a prompt is."""
+        num_prompt_tokens = 0
+        forks = self._queues.forks if self._queues.forks else None
+        for entry in scheduled:
+            sequence, num_new = entry.sequence, entry.num_new_tokens
+            prompt_left = sequence.num_prompt - sequence.num_computed
+            if prompt_left > 0:
+                num_prompt_tokens += min(prompt_left, num_new)
+            sequence.num_computed += num_new
+            if forks is not None and entry.samples:
+                for child in forks.pop(sequence):
+                    self._blocks.fork(sequence, child)
+                    self._queues.enter(child)
+        self._counters.prompt_tokens += num_prompt_tokens

@@ -72,14 +72,20 @@ class Sequence:
     tokens_at_entry: int = 0  # how many it had when it came to the device
     run_from: int = 0  # first step that may compute it: swaps get a step's time
     due: int = -1  # step in which it needs its next block, as a decode
+    # Of its request, and asked in every step.
+    num_prompt: int = field(init=False)
+    max_num_tokens: int = field(init=False)  # prompt and output
+    stop_token_ids: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.num_prompt = len(self.request.prompt_token_ids)
+        self.max_num_tokens = self.num_prompt + params.max_tokens
+        self.stop_token_ids = params.stop_token_ids
 
     @property
     def num_preemptions(self) -> int:
         return self.num_swaps + self.num_recomputes
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
