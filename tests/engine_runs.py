@@ -39,6 +39,7 @@ class Case:
     prefix_caching: bool = True
     overlap: bool = True
     behind_launch: bool = False  # plan ahead where a GPU's driver does
+    device: str = "cpu"  # or "cuda", with one rank
     eos_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's
     arrivals: Mapping[int, int] = field(default_factory=dict)  # request -> step, where not 0
     aborts: Mapping[int, int] = field(default_factory=dict)  # request -> step
@@ -92,7 +93,9 @@ class RecordingChannel:
 
 def run_cases(cases: Sequence[Case], tp: int = 1) -> list[Outcome]:
     """Run the cases one after the other on the same `tp` spawned ranks."""
-    results = run_ranks(_run_cases, tp, list(cases), timeout_s=240)
+    cuda = any(case.device == "cuda" for case in cases)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    results = run_ranks(_run_cases, tp, list(cases), timeout_s=240, backend=backend)
     outcomes: list[Outcome] = results[0]
     for rank in range(1, tp):
         for outcome, steps in zip(outcomes, results[rank], strict=True):
@@ -108,15 +111,17 @@ def _run_cases(rank: int, cases: list[Case]) -> list[Outcome] | list[int]:
     outcomes: list[Outcome] = []
     steps: list[int] = []
     for case in cases:
-        model = load_model(case.checkpoint, group=dist.group.WORLD, device="cpu")
+        model = load_model(case.checkpoint, group=dist.group.WORLD, device=case.device)
         kv_cache = KVCache(
             model.cache_spec,
             num_blocks=case.num_blocks,
             num_host_blocks=case.num_host_blocks,
             block_size=case.block_size,
-            device="cpu",
+            device=case.device,
         )
-        channel = open_channel(group, transport=case.transport, timeout_s=60)
+        channel = open_channel(
+            group, transport=case.transport, device=torch.device(case.device), timeout_s=60
+        )
         executor_type = LaunchingExecutor if case.behind_launch else StepExecutor
         executor = executor_type(model, kv_cache, NullObserver())
         if rank == 0:

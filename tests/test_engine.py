@@ -74,7 +74,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_greedy_tokens_equal_transformers_under_every_schedule(
     checkpoints: dict[str, Path], tp: int
 ) -> None:
-    names = [(family, schedule) for family in checkpoints for schedule in SCHEDULES]
+    names = [
+        (family, schedule)
+        for family in checkpoints
+        for schedule in SCHEDULES
+        if family == "llama" or "nothing cached" not in schedule
+    ]
     prompts = prompts_of(LENGTHS, 250)
     outcomes = run_cases(
         [

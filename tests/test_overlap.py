@@ -184,6 +184,16 @@ def test_every_frame_is_a_step_of_every_rank_and_nothing_is_held_at_the_end(
             assert outcome.free_at_end == (limits["num_blocks"], limits["num_host_blocks"])
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same_tokens_from_the_same_frames(checkpoint: Path) -> None:
+    whole = replace(whole_case(checkpoint), device="cuda", num_blocks=24)
+    plain, ahead = run_cases([replace(whole, overlap=False), whole])
+    assert ahead.published == plain.published
+    assert ahead.token_ids == plain.token_ids and ahead.texts == plain.texts
+    assert ahead.swapped_in > 0
+
+
 # -- plans that lose all their sequences ---------------------------------------------------------
 
 
