@@ -95,7 +95,11 @@ VARIANTS: tuple[dict[str, bool], ...] = (
     params=[
         pytest.param((1, list(PRESSURE), 3), id="tp1"),
         pytest.param((2, ["roomy", "swapping"], 2), id="tp2"),
-        pytest.param((2, list(PRESSURE), 3), id="tp2-all", marks=pytest.mark.slow),
+        pytest.param(
+            (2, ["roomy", "recomputing", "swapping in chunks"], 2),
+            id="tp2-more",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def outcomes(
