@@ -76,6 +76,7 @@ def open_rank(
     executor = StepExecutor(model, kv_cache, observer)
     yield Rank(environment, channel, executor, kv_cache, observer)
     channel.close()
+    kv_cache.close()
 
 
 def _open_channel(
