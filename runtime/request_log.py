@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .observer import RequestObserver
 from .request import Request
-from .step import StepPlan
+from .step import ScheduledSequence, StepPlan
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class _Times:
 class RequestLog:
     """Tells an observer what becomes of requests; an engine without one has no log.
 
-    A step in which no request begins or ends costs it a look at each sequence.
+    A step in which no request begins or ends costs it next to nothing.
     """
 
     def __init__(self, observer: RequestObserver) -> None:
@@ -33,6 +33,9 @@ class RequestLog:
         self._under_way: dict[Request, _Times] = {}
         self._unscheduled: set[Request] = set()
         self._without_token: set[Request] = set()
+        self._scheduled: list[ScheduledSequence] = []  # in the step before, ...
+        self._numbers: set[int] = set()  # ... of these requests
+        self._changed = True  # were there others in the step before it?
 
     def admitted(self, request: Request) -> None:
         self._under_way[request] = _Times(time.perf_counter_ns())
@@ -46,31 +49,33 @@ class RequestLog:
 
     def scheduled(self, plan: StepPlan) -> None:
         """A step begins."""
-        if self._unscheduled:
-            now_ns = time.perf_counter_ns()
-            for entry in plan.scheduled:
-                request = entry.sequence.request
-                if request in self._unscheduled:
-                    self._unscheduled.remove(request)
-                    self._under_way[request].first_scheduled = now_ns
-        numbers = {entry.sequence.request.number for entry in plan.scheduled}
-        self._observer.scheduled(plan.step, numbers)
+        self._changed = plan.scheduled != self._scheduled  # entries are equal to themselves only
+        if self._changed:
+            self._scheduled = plan.scheduled.copy()
+            self._numbers = {entry.sequence.request.number for entry in plan.scheduled}
+            if self._unscheduled:
+                now_ns = time.perf_counter_ns()
+                for entry in plan.scheduled:
+                    request = entry.sequence.request
+                    if request in self._unscheduled:
+                        self._unscheduled.remove(request)
+                        self._under_way[request].first_scheduled = now_ns
+        self._observer.scheduled(plan.step, self._numbers)
 
     def committed(self, plan: StepPlan) -> None:
-        """A step is done: tokens have been drawn, sequences may have ended."""
-        if self._without_token:
+        """The step scheduled last is done: tokens have been drawn, sequences may have ended."""
+        if self._without_token and self._changed:  # a first token is that of a prefill
             now_ns = time.perf_counter_ns()
             for sequence in plan.samples:
                 request = sequence.request
                 if request in self._without_token:
                     self._without_token.remove(request)
                     self._under_way[request].first_token = now_ns
-        for sequence in plan.samples:
-            if sequence.finish_reason is not None:
-                request = sequence.request
-                # The last of its choices ends it; several may have ended at once.
-                if request in self._under_way and request.finished:
-                    self._finish(request, _reason(request))
+        for sequence in [s for s in plan.samples if s.finish_reason is not None]:
+            request = sequence.request
+            # The last of its choices ends it; several may have ended at once.
+            if request in self._under_way and request.finished:
+                self._finish(request, _reason(request))
 
     def aborted(self, request: Request) -> None:
         if request in self._under_way:
