@@ -15,14 +15,15 @@ class Growth:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._due: dict[int, list[Sequence]] = {}
+        # A sequence that left and came back may be expected in the same step again.
+        self._due: dict[int, dict[Sequence, None]] = {}
 
     def expect(self, sequence: Sequence, step: int) -> None:
         """A decode has blocks for all its tokens in `step`: from which step on has it not?"""
         tokens = len(sequence.token_ids)
         blocks = max(len(sequence.block_table), -(-tokens // self._block_size))
         sequence.due = step + blocks * self._block_size - tokens + 1
-        self._due.setdefault(sequence.due, []).append(sequence)
+        self._due.setdefault(sequence.due, {})[sequence] = None
 
     def due(self, step: int) -> list[Sequence]:
         """Whoever was expected in this step, and not anew since; some may have left."""

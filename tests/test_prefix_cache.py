@@ -110,13 +110,11 @@ def test_the_chunks_of_a_long_prompt_are_found_before_it_is_through() -> None:
 
 
 def test_who_waits_for_room_is_let_in_when_its_prefix_has_been_computed() -> None:
-    one = harness(num_blocks=18, max_batch_tokens=16)
+    one = harness(num_blocks=18)
     one.add(tokens(48), max_tokens=8)
-    one.step()
     (second,) = one.add([*tokens(46), 0, 0, 0], max_tokens=2).sequences
     one.step()
     assert second.status is Status.WAITING, "thirteen blocks more, as far as is known"
-    one.step()
     one.step()
     assert second.num_cached_tokens == 44
     one.run()

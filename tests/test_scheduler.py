@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from scheduler_model import VOCABULARY, Harness
 
+from onecast.runtime.growth import Growth
 from onecast.runtime.request import Request, SampledToken, SamplingParams, Sequence, Status
 from onecast.runtime.scheduler import Scheduler, SchedulerConfig
 from onecast.runtime.step import StepPlan
@@ -268,6 +269,20 @@ def test_without_host_memory_nobody_leaves_early() -> None:
     assert harness.scheduler.counters.preemptions == 0
     harness.step()
     assert harness.scheduler.counters.recomputes == 1
+
+
+def test_a_decode_that_left_and_came_back_is_due_for_one_block() -> None:
+    growth = Growth(block_size=4)
+    (sequence,) = Request("r", tuple(prompt(5)), SamplingParams()).sequences
+    sequence.block_table = [0, 1]
+    growth.expect(sequence, step=10)
+    assert (growth.due(13), growth.due(14), growth.most_due(14)) == ([], [sequence], 1)
+    sequence.token_ids.append(1)
+    growth.expect(sequence, step=11)
+    assert growth.due(14) == [sequence]
+    sequence.block_table.append(2)
+    growth.expect(sequence, step=11)
+    assert (growth.due(14), growth.due(18)) == ([], [sequence])
 
 
 @pytest.mark.parametrize("num_blocks", range(20, 44, 3))
