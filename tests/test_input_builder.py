@@ -277,6 +277,15 @@ def test_a_token_without_a_block_is_noticed() -> None:
         sequence.token_ids.append(8)
 
 
+def test_a_plan_in_another_order_is_noticed() -> None:
+    chunk, single = (Request("r", (1, 2, 3), SamplingParams()).sequences[0] for _ in range(2))
+    chunk.block_table, single.block_table = [4], [5]
+    entries = [ScheduledSequence(chunk, 2, False), ScheduledSequence(single, 1, False)]
+    builder = InputBuilder(make_config(4))
+    with pytest.raises(AssertionError, match="sequences with one new token come first"):
+        builder.build(StepPlan(0, entries))
+
+
 def test_a_step_that_was_left_out_is_noticed() -> None:
     builder = InputBuilder(make_config(8))
     (sequence,) = Request("r", (1, 2, 3), SamplingParams()).sequences

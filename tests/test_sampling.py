@@ -225,14 +225,31 @@ def test_any_whole_number_is_a_seed() -> None:
     assert len(set(drawn.tolist())) == 5
 
 
-def test_numbers_drawn_ahead_are_those_drawn_one_by_one() -> None:
+def test_numbers_drawn_ahead_are_those_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = Uniforms._draw
+
+    def record(self: Uniforms, positions: Any) -> Any:
+        drawn.append(len(positions))
+        return draw(self, positions)
+
+    monkeypatch.setattr(Uniforms, "_draw", record)
     seeds = [3, 1, 4, 1, 5]
+
+    def check(ahead: Uniforms, positions: list[int]) -> None:
+        expected = Uniforms(seeds).at(positions)
+        drawn.pop()
+        assert ahead.at(positions).tolist() == expected.tolist()
+
     ahead = Uniforms(seeds)
-    positions = [[i + step for i in (0, 7, 2, 0, 30)] for step in range(70)]  # all go on
-    positions += positions[40:42]  # back
-    positions += [[1, 2, 3, 4, 5], [2, 3, 4, 5, 7], [3, 4, 5, 6, 8], [9, 10, 11, 12, 14]]
-    for at in positions:
-        assert ahead.at(at).tolist() == Uniforms(seeds).at(at).tolist()
+    for step in range(1 + 2 + 4 + 8 + 16 + 16 + 5):
+        check(ahead, [i + step for i in (0, 7, 2, 0, 30)])
+    assert drawn == [1, 2, 4, 8, 16, 16, 16], "more and more while all go on"
+    check(ahead, [53, 60, 55, 53, 84])  # one is ahead of the others
+    check(ahead, [54, 61, 56, 54, 85])
+    check(ahead, [3, 3, 3, 3, 3])
+    check(ahead, [7, 7, 7, 7, 7])
+    assert drawn[7:] == [1, 2, 1, 1], "one by one again after a jump"
 
 
 def test_philox_gives_the_published_values() -> None:
