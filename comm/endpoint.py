@@ -119,14 +119,14 @@ def _unless_forked(pid: int, function: Callable[..., object], *arguments: object
         function(*arguments)
 
 
-def check_group(group: dist.ProcessGroup | None, src: int) -> dist.ProcessGroup:
-    """The group, the world for None; ValueError unless this rank and `src` are members."""
+def check_group(group: dist.ProcessGroup | None, src: int | None = None) -> dist.ProcessGroup:
+    """The group, the world for None; ValueError unless this rank and `src`, if any, are members."""
     if not dist.is_initialized():
         raise ValueError("torch.distributed is not initialised")
     group = group if group is not None else dist.group.WORLD
     if group is None or dist.get_rank(group) < 0:
         raise ValueError(f"rank {dist.get_rank()} is not in the group")
-    if src not in dist.get_process_group_ranks(group):
+    if src is not None and src not in dist.get_process_group_ranks(group):
         ranks = dist.get_process_group_ranks(group)
         raise ValueError(f"src is {src}, a global rank; the group has the ranks {ranks}")
     return group

@@ -6,14 +6,16 @@
     │   └── OutOfStep          they are one, but not the one that was due
     ├── ReceiveTimeout         nothing came in time; receive again to go on (a TimeoutError too)
     ├── PublishTimeout         ranks did not take earlier frames in time (a TimeoutError too)
+    ├── AllReduceTimeout       ranks did not come to an all-reduce in time (a TimeoutError too)
+    ├── Mismatch               ranks came to an all-reduce with unlike tensors (a ValueError too)
     ├── CannotShare            shared memory cannot be had, or not be shared by these ranks
     ├── PeerLost               a rank is gone without having closed
     ├── Closed                 the channel was closed, by the source or here
     └── BrokenChannel          used after an error that left the ranks out of step
 
 A bad argument is a plain ValueError. It, UnsupportedTypeError, CannotShare, a ReceiveTimeout of
-`receive` and a PublishTimeout that says so leave a channel as it was; after any other error it
-refuses further use.
+`receive` and a PublishTimeout that says so leave a channel as it was, a Mismatch, which all ranks
+raise, an all-reduce; after any other error both refuse further use.
 """
 
 
@@ -56,6 +58,14 @@ class ReceiveTimeout(CommError, TimeoutError):
 
 class PublishTimeout(CommError, TimeoutError):
     """Ranks did not take frames in time; the text names them, what they took and their state."""
+
+
+class AllReduceTimeout(CommError, TimeoutError):
+    """Ranks did not come in time; the text names them, how far they are and their state."""
+
+
+class Mismatch(CommError, ValueError):
+    """Ranks brought unlike tensors to an all-reduce; the text has each rank's bytes and dtype."""
 
 
 class CannotShare(CommError):

@@ -1,10 +1,13 @@
-"""The protocol through which a channel tells what torch.distributed cannot see.
+"""The protocols through which is told what torch.distributed cannot see.
 
-Owns two method signatures; knows nothing of who listens. A channel without a probe pays for one
+Owns a few method signatures; knows nothing of who listens. Without a probe a channel pays for one
 `is not None`; a probe that raises is logged once and removed.
 """
 
 from typing import Protocol
+
+import torch
+import torch.distributed as dist
 
 
 class Probe(Protocol):
@@ -35,3 +38,16 @@ class Probe(Protocol):
         decode_start_ns: int,
         end_ns: int,
     ) -> None: ...
+
+
+class CollectiveProbe(Protocol):
+    """Told about each collective of a group that takes another way than the group's backend."""
+
+    def begin(self, op: str, group: dist.ProcessGroup, nbytes: int, dtype: torch.dtype) -> int:
+        """It begins; `op` as torch.distributed calls it. Gives what names it from here on."""
+
+    def end(self, ticket: int) -> None:
+        """It is over."""
+
+    def fail(self, ticket: int, error: BaseException) -> None:
+        """It has failed."""

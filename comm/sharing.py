@@ -5,6 +5,7 @@ readers attach, and all ranks learn whether all could. Knows nothing of what is 
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,16 @@ _POLL_S = 0.0005
 def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_readers: int) -> Segment:
     """The segment that `writer`, a rank of this host, made for a ring with so many readers.
 
+    See `share`.
+    """
+    return share(group, peers, writer, lambda: make_ring_segment(num_readers))
+
+
+def share(
+    group: dist.ProcessGroup, peers: Peers, writer: int, make: Callable[[], Segment]
+) -> Segment:
+    """The segment that `writer`, a rank of this host, has made.
+
     Every rank of the group must call this. Raises CannotShare on all of them, with the reasons, if
     any rank could not make or attach its segment.
     """
@@ -31,7 +42,7 @@ def share_segment(group: dist.ProcessGroup, peers: Peers, writer: int, num_reade
     reason = unsupported()
     if is_writer and reason is None:
         try:
-            segment = make_ring_segment(num_readers)
+            segment = make()
         except (OSError, CannotShare) as error:
             reason = str(error)
     told = [segment.fd, segment.key] if segment is not None else [-1, 0]
