@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .config import add_run_options, run_config
 
-BENCHES = ("comm", "telemetry", "blocks", "step")
+BENCHES = ("comm", "telemetry", "blocks", "step", "e2e")
 
 # For any torch.distributed program: command, its module in onecast.telemetry, what it does.
 _TELEMETRY = {

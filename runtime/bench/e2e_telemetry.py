@@ -1,0 +1,141 @@
+"""What telemetry costs end to end: the same turns with it and without.
+
+Owns the launch in which they take turns: one model, a channel and an engine for each of the two, a
+session as `onecast generate` starts it, with a sidecar that serves metrics. Without, what the
+session has put into torch.distributed is out of it, and nothing else is told anything.
+"""
+
+import gc
+import random
+import time
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from onecast.comm import Closed, Frame
+from onecast.comm.testing import run_ranks
+from onecast.runtime.executor import StepExecutor
+from onecast.runtime.observer import NullObserver, Observer
+from onecast.runtime.tokenizer import Tokenizer
+from onecast.telemetry import TelemetrySettings, start_session
+
+from .e2e_channels import TurnChannel, open_turn_channel
+from .e2e_prompts import make_prompts
+from .e2e_run import (
+    WARM_DRAWN,
+    Plan,
+    backend_of,
+    drive,
+    join_device,
+    load,
+    make_engine,
+)
+from .telemetry_toggle import Toggle
+
+_PAUSE_S = 0.15  # for the sidecar to have read what a turn left
+
+
+class ToggledTurn(NamedTuple):
+    """One turn with or without: what it drew, and how many tokens a second."""
+
+    batch: int
+    round: int
+    on: bool
+    tokens: list[list[int]]
+    tokens_per_s: float
+
+
+def launch(tp: int, channel: str, plan: Plan) -> list[ToggledTurn]:
+    """Every batch of the plan with and without, in pairs."""
+    found = run_ranks(
+        _measure, tp, channel, plan, timeout_s=plan.timeout_s, backend=backend_of(plan.device)
+    )
+    turns: list[ToggledTurn] = found[0]
+    return turns
+
+
+class _Way(NamedTuple):
+    """Everything that is told, or not."""
+
+    channel: TurnChannel
+    executor: StepExecutor
+    observer: Observer
+
+
+def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
+    device = join_device(rank, plan.device)
+    model, kv_cache = load(plan, device)
+    tokenizer = Tokenizer(plan.model)
+    prompts = make_prompts(tokenizer, max(plan.batches))
+    toggle = Toggle()
+    world_size = dist.get_world_size()
+    session = start_session(
+        rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size,
+        engine_id="bench-e2e", settings=TelemetrySettings(), any_port=True,
+    )  # fmt: skip
+    toggle.instrumented()
+    observers: dict[bool, Observer] = {True: session, False: NullObserver()}
+    ways = {}
+    for on, observer in observers.items():
+        opened = open_turn_channel(channel, device, observer.probe)
+        ways[on] = _Way(opened, StepExecutor(model, kv_cache, observer), observer)
+    engines = {
+        on: make_engine(plan, way.channel, way.executor, tokenizer, kv_cache, way.observer)
+        for on, way in ways.items()
+        if rank == 0
+    }
+    chance = random.Random(0)  # the same on all ranks
+    steps = dict.fromkeys(ways, 0)  # so far; telemetry tells steps apart by their numbers
+    turns = []
+    try:
+        for number in range(-1, plan.rounds):  # the first round only warms up
+            drawn = WARM_DRAWN if number < 0 else plan.drawn
+            for batch in chance.sample(plan.batches, len(plan.batches)):
+                for on in chance.sample([True, False], 2):
+                    toggle.switch(False)
+                    gc.collect()
+                    time.sleep(_PAUSE_S)
+                    dist.barrier()
+                    toggle.switch(on)
+                    way = ways[on]
+                    if rank != 0:
+                        steps[on] = _follow(way, steps[on])
+                        continue
+                    driver = drive(engines[on], way.channel, prompts[:batch], drawn)
+                    way.channel.end_turn()
+                    if number >= 0:
+                        turns.append(
+                            ToggledTurn(batch, number, on, driver.tokens, driver.tokens_per_s)
+                        )
+    finally:
+        toggle.switch(True)
+        session.close()
+    for way in ways.values():
+        way.channel.close()
+    kv_cache.close()
+    return turns
+
+
+def _follow(way: _Way, step: int) -> int:
+    """As `StepExecutor.follow`, with steps numbered on from turn to turn; the next number."""
+    observer = way.observer
+    while True:
+        with observer.step(step) as observed:
+            with observer.phase("step.receive"):
+                frame = _next_frame(way.channel)
+                if frame is None:
+                    observed.discard()
+                    return step
+            with frame:
+                inputs = frame.mapping
+                assert inputs["step"] == step, f"driver is at {inputs['step']}, not {step}"
+                observed.set_batch_size(inputs["seq_lens"].shape[0])
+                way.executor.execute(inputs)
+        step += 1
+
+
+def _next_frame(channel: TurnChannel) -> Frame | None:
+    try:
+        return channel.receive()
+    except Closed:
+        return None
