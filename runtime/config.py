@@ -17,6 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRANSPORTS = ("auto", "shared-memory", "two-level", "process-group")
 PRIOR_PROTOCOLS = ("two-broadcasts", "fixed-metadata", "cached-size")
 CHANNELS = (*TRANSPORTS, *PRIOR_PROTOCOLS)
+ALL_REDUCES = ("auto", "shared-memory", "process-group")
 DEFAULT_SPIN = 0.1
 
 
@@ -31,6 +32,7 @@ class RunConfig:
     device: str = "cpu"
     dtype: str = "auto"
     channel: str = "auto"
+    all_reduce: str = "auto"
     spin: float = DEFAULT_SPIN
     num_blocks: int | None = None
     num_host_blocks: int | None = None
@@ -59,6 +61,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value > most:
                 raise ValueError(f"{_flag(name)}: {value} is above {most}")
+        if self.all_reduce == "shared-memory" and self.device != "cpu":
+            raise ValueError(f"--all-reduce: shared-memory needs --device cpu, not {self.device}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other: choose one")
         if self.no_telemetry and self.trace is not None:
@@ -142,8 +146,13 @@ def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         choices=CHANNELS,
     )
     option(
+        "all_reduce",
+        "how ranks on the CPU sum; auto: through shared memory on one host (%(default)s)",
+        choices=ALL_REDUCES,
+    )
+    option(
         "spin",
-        "share of a core, 0 to 1, that a rank may burn waiting for steps (%(default)s)",
+        "share of a core, 0 to 1, that a rank may burn waiting for others (%(default)s)",
         type=float,
     )
     option("num_blocks", "KV-cache blocks on the device (default: by memory)", type=int)

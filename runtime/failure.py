@@ -59,7 +59,7 @@ def _lost_peer(text: str) -> bool:
 
 
 def _timed_out(text: str) -> bool:
-    return "timed out" in text.lower() or text.startswith("ReceiveTimeout")
+    return "timed out" in text.lower() or text.startswith(("ReceiveTimeout", "AllReduceTimeout"))
 
 
 def _message(failure: ProcessFailure) -> str:

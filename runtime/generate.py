@@ -113,6 +113,7 @@ def _count(figures: RunFigures, engine: Engine, rank: Rank) -> None:
     figures.generated_tokens = counters.generated_tokens
     figures.steps = engine.frames.count
     figures.channel = rank.channel.name
+    figures.all_reduce = "" if rank.all_reduce is None else rank.all_reduce.name
     figures.broadcasts = rank.channel.broadcasts
     if figures.channel in _FUSED and figures.broadcasts:
         figures.growth_steps = figures.broadcasts - figures.steps  # a second one for the rest

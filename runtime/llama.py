@@ -15,7 +15,7 @@ Collectives of one forward pass of N ranks > 1, in this order:
     gather                      logits, to rank 0 of the group
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +52,20 @@ class LlamaModel:
     """One rank's part of a Llama, Mistral, Qwen2 or Qwen3 model; a `ModelRunner`."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, group: dist.ProcessGroup | None
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        group: dist.ProcessGroup | None,
+        all_reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
-        """`group`: the ranks that share the model; None: all of it is here."""
+        """`group`: the ranks that share the model; None: all of it is here.
+
+        `all_reduce` sums a tensor over the group, in place; None: torch.distributed does.
+        """
         self.config = config
         self._group = group
+        self._all_reduce = all_reduce
         self._rank = 0 if group is None else dist.get_rank(group)
         self._tp = 1 if group is None else dist.get_world_size(group)
         config.check_tensor_parallel(self._tp)
@@ -86,7 +95,7 @@ class LlamaModel:
         )
 
     def collectives_per_forward(self) -> dict[str, int]:
-        """How often `forward` calls each collective of torch.distributed."""
+        """How often `forward` calls each collective, as torch.distributed names them."""
         if self._tp == 1:
             return {}
         return {"all_reduce": 1 + 2 * self.config.num_layers, "gather": 1}
@@ -138,7 +147,10 @@ class LlamaModel:
     def _sum(self, partial: Tensor) -> Tensor:
         """The sum over the ranks of the group, in place."""
         if self._tp > 1:
-            dist.all_reduce(partial, group=self._group)
+            if self._all_reduce is not None:
+                self._all_reduce(partial)
+            else:
+                dist.all_reduce(partial, group=self._group)
         return partial
 
     def _gather_logits(self, logits: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ own by fulfilling the protocol; two things are all the loop asks for:
             return torch.zeros(len(inputs["logits_indices"]), 100)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,12 +58,14 @@ def load_model(
     group: dist.ProcessGroup | None,
     device: torch.device | str,
     dtype: torch.dtype | str = "auto",
+    all_reduce: Callable[[Tensor], object] | None = None,
 ) -> ModelRunner:
     """Load this rank's part of a Hugging Face checkpoint of the Llama family.
 
     `group` holds the tensor-parallel ranks; None runs the whole model here. `dtype` "auto" is
-    float32 on the CPU and the checkpoint's elsewhere. Raises ValueError for a checkpoint or a
-    number of ranks that does not work.
+    float32 on the CPU and the checkpoint's elsewhere. `all_reduce` sums a tensor over the group, in
+    place, as `onecast.comm.AllReduce` does; None: torch.distributed sums. Raises ValueError for a
+    checkpoint or a number of ranks that does not work.
     """
     from .llama import LlamaModel  # a model of one's own needs none of it
     from .weights import Weights
@@ -74,7 +76,7 @@ def load_model(
     with Weights(
         model_dir, config, device=device, dtype=compute_dtype(dtype, config, device)
     ) as weights:
-        return LlamaModel(config, weights, group=group)
+        return LlamaModel(config, weights, group=group, all_reduce=all_reduce)
 
 
 def compute_dtype(

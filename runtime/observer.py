@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from onecast.comm import Probe
+from onecast.comm import CollectiveProbe, Probe
 
 
 class ObservedStep(Protocol):
@@ -64,6 +64,9 @@ class Observer(Protocol):
     def probe(self) -> Probe | None: ...
 
     @property
+    def collectives(self) -> CollectiveProbe | None: ...
+
+    @property
     def requests(self) -> RequestObserver | None: ...
 
     def step(self, step: int, batch_size: int = 0) -> ObservedStep: ...
@@ -91,6 +94,7 @@ class NullObserver:
     """Watches nothing, allocates nothing."""
 
     probe: Probe | None = None
+    collectives: CollectiveProbe | None = None
     requests: RequestObserver | None = None
     _nothing = _Unobserved()
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from onecast.comm import Channel, Probe, open_channel
+from onecast.comm import AllReduce, Channel, Probe, open_all_reduce, open_channel
 from onecast.comm.prior_art import open_prior_channel
 
 from .config import PRIOR_PROTOCOLS, RankEnvironment, RunConfig
@@ -29,6 +29,7 @@ class Rank:
 
     environment: RankEnvironment
     channel: Channel
+    all_reduce: AllReduce | None  # None: this rank has the whole model
     executor: StepExecutor
     kv_cache: KVCache
     observer: Observer
@@ -69,14 +70,40 @@ def open_rank(
     control_group: dist.ProcessGroup,
     observer: Observer,
 ) -> Iterator[Rank]:
-    """Load this rank's part of the model, make its KV cache, open the channel."""
-    model = load_model(config.model, group=model_group, device=device, dtype=config.dtype)
+    """Load this rank's part of the model, make its KV cache, open all-reduce and channel."""
+    reducer = _open_all_reduce(config, environment, model_group, observer)
+    model = load_model(
+        config.model,
+        group=model_group,
+        device=device,
+        dtype=config.dtype,
+        all_reduce=None if reducer is None else reducer.all_reduce,
+    )
     kv_cache = _make_kv_cache(config, environment, model, device)
     channel = _open_channel(config, control_group, device, observer.probe)
     executor = StepExecutor(model, kv_cache, observer)
-    yield Rank(environment, channel, executor, kv_cache, observer)
+    yield Rank(environment, channel, reducer, executor, kv_cache, observer)
     channel.close()
+    if reducer is not None:
+        reducer.close()
     kv_cache.close()
+
+
+def _open_all_reduce(
+    config: RunConfig,
+    environment: RankEnvironment,
+    group: dist.ProcessGroup,
+    observer: Observer,
+) -> AllReduce | None:
+    if environment.world_size == 1:
+        return None
+    return open_all_reduce(
+        group,
+        transport=config.all_reduce if config.device == "cpu" else "process-group",
+        probe=observer.collectives,
+        timeout_s=config.timeout_s,
+        spin=config.spin,
+    )
 
 
 def _open_channel(

@@ -24,6 +24,7 @@ class RunFigures:
     elapsed_s: float = 0.0
     steps: int = 0
     channel: str = ""
+    all_reduce: str = ""
     broadcasts: int = 0
     growth_steps: int | None = None  # None: the channel's frames have no capacity to outgrow
     frame_bytes: int = 0
@@ -88,6 +89,8 @@ def _run_table(figures: RunFigures) -> Table:
             f"{figures.swapped_out:,} / {figures.swapped_in:,} / {figures.copied:,}",
         ),
     ]
+    if figures.all_reduce:
+        rows.append(("all-reduces of the model", figures.all_reduce))
     if figures.prefix_queried_tokens is not None:
         queried, hit = figures.prefix_queried_tokens, figures.prefix_hit_tokens
         share = hit / max(1, queried)

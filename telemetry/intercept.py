@@ -31,7 +31,8 @@ NOT SEEN (all of it but the last two shows as a difference, see `sample_coverage
       super(): what they override (a Work of their own ends when it is collected)
     what debug level DETAIL of torch.distributed adds by itself
     symmetric memory and collectives inside custom kernels, and what bypasses torch.distributed
-      altogether (NVSHMEM, MPI, a library's own NCCL): record it with `Session.record`
+      altogether (NVSHMEM, MPI, a library's own NCCL): record it with `Session.record`, or, where
+      it does the work of a process group, with `Session.collectives`
     device times of functional collectives
 
 torch is imported by `instrument`, not by this module: the sidecar shares this package and
@@ -48,6 +49,7 @@ from .functional import FunctionalCollectives
 from .intercept_calls import NONE, Calls, Method
 from .intercept_functions import patch_functions
 from .intercept_groups import Coverage, Recorder
+from .other_ways import OtherWays
 
 __all__ = ["CollectiveInstrumentor", "Coverage", "Recorder"]
 
@@ -137,6 +139,10 @@ class CollectiveInstrumentor:
             if self._calls is not None:
                 self._calls.close()
                 self._calls = None
+
+    def other_ways(self) -> OtherWays | None:
+        """For collectives of a group that its backend does not carry; None while not active."""
+        return None if self._calls is None else OtherWays(self._calls)
 
     def sample_coverage(self, at_most_every_s: float = 0.0) -> None:
         """Compare each group's sequence number with what was recorded, and publish the difference.

@@ -6,8 +6,9 @@ nothing of how a call is seen, nor of the Works that it returns.
     recorded = numbers handed out + extra        issued = the group's sequence number now - base
 
 `extra` corrects for calls that move the sequence number by another amount than 1 (2 for Gloo's
-reduce_scatter of two ranks, 0 for point-to-point with NCCL) and for calls that raised before
-anything was issued. Some backends have no sequence numbers: nothing can be said of their groups.
+reduce_scatter of two ranks, 0 for point-to-point with NCCL, 0 for what takes another way than the
+backend) and for calls that raised before anything was issued. Some backends have no sequence
+numbers: nothing can be said of their groups.
 """
 
 import itertools
@@ -123,9 +124,14 @@ class Operation:
             return 0, self.meta  # no tensor: the call itself will say so
         meta = self.metas.get(value.dtype)
         if meta is None:
-            dtype = intern(str(value.dtype).removeprefix("torch."))
-            meta = self.metas[value.dtype] = with_dtype(self.meta, dtype)
+            meta = self.meta_of(value.dtype, intern)
         return value.numel() * value.element_size(), meta
+
+    def meta_of(self, dtype: Any, intern: Callable[[str], int]) -> int:
+        """The meta word for tensors of this dtype."""
+        name = intern(str(dtype).removeprefix("torch."))
+        meta = self.metas[dtype] = with_dtype(self.meta, name)
+        return meta
 
 
 class Groups:

@@ -1,8 +1,8 @@
 """One rank's telemetry, from start to close: its ring, the interception, and the node's sidecar.
 
-Owns what the runtime holds in its hands: `step`, `phase`, `probe`, `requests`, `set_value`,
-`record`. Refuses to know the runtime; works in any torch.distributed program. Nothing here reads
-what was recorded. How a rank comes into the run directory is in `joining`.
+Owns what the runtime holds in its hands: `step`, `phase`, `probe`, `collectives`, `requests`,
+`set_value`, `record`. Refuses to know the runtime; works in any torch.distributed program. Nothing
+here reads what was recorded. How a rank comes into the run directory is in `joining`.
 """
 
 import logging
@@ -75,6 +75,8 @@ class Session:
                 None if self._gpu is None else self._gpu.captures,
             )
             opened(self)
+        # A probe for `onecast.comm.open_all_reduce`; None where nothing is recorded.
+        self.collectives = self._instrumentor.other_ways()
 
     def _after_step(self) -> Callable[[], None]:
         sample = partial(self._instrumentor.sample_coverage, _COVERAGE_S)

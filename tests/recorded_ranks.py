@@ -26,6 +26,13 @@ _FOR_EVER_S = 60.0
 
 def recording(rank: int, run_dir: str, world_size: int = 2) -> RingWriter:
     """Start recording this rank's collectives; until the process ends."""
+    return instrumented(rank, run_dir, world_size)[0]
+
+
+def instrumented(
+    rank: int, run_dir: str, world_size: int = 2
+) -> tuple[RingWriter, CollectiveInstrumentor]:
+    """The same, with what records them."""
     ring = RingWriter(
         ring_path(run_dir, rank),
         capacity=4096,
@@ -35,9 +42,10 @@ def recording(rank: int, run_dir: str, world_size: int = 2) -> RingWriter:
         local_world_size=world_size,
         engine_id="hanging",
     )
-    CollectiveInstrumentor().instrument(ring)
+    instrumentor = CollectiveInstrumentor()
+    instrumentor.instrument(ring)
     _until(lambda: len(list(Path(run_dir).glob("*.ring"))) == world_size, "all rings")
-    return ring
+    return ring, instrumentor
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from cli_runs import completion, generate_args, read_results, run, write_batch
 from tiny_checkpoints import make_variant
 
-from onecast.comm import channel, waiting
+from onecast.comm import all_reduce, channel, waiting
 from onecast.comm.prior_art import PROTOCOLS
 from onecast.comm.testing import run_ranks
 from onecast.runtime import config as runtime_config
@@ -95,6 +95,7 @@ def runs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def test_the_command_offers_what_comm_does() -> None:
     assert runtime_config.TRANSPORTS == channel.TRANSPORTS
+    assert runtime_config.ALL_REDUCES == all_reduce.TRANSPORTS
     assert runtime_config.PRIOR_PROTOCOLS == PROTOCOLS
     assert runtime_config.CHANNELS == CHANNELS
     assert runtime_config.DEFAULT_SPIN == waiting.DEFAULT_SPIN

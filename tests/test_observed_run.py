@@ -16,7 +16,7 @@ from otlp_receivers import Requests, grpc_receiver, http_receiver
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_checkpoints import make_checkpoint
 
-from onecast.comm import open_channel
+from onecast.comm import open_all_reduce, open_channel
 from onecast.comm.testing import run_ranks
 from onecast.runtime.engine import Engine
 from onecast.runtime.executor import StepExecutor
@@ -62,7 +62,9 @@ def collective_counts(
     return counts
 
 
-def _observed_engine(rank: int, checkpoint: Path, run_dir: str) -> dict[str, Any] | None:
+def _observed_engine(
+    rank: int, checkpoint: Path, run_dir: str, transport: str
+) -> dict[str, Any] | None:
     """Run requests to their end and scrape before anything is closed."""
     torch.set_num_threads(1)
     model_group = dist.new_group(group_desc="tp")
@@ -76,7 +78,9 @@ def _observed_engine(rank: int, checkpoint: Path, run_dir: str) -> dict[str, Any
         settings=TelemetrySettings(),
         run_dir=run_dir,
     )
-    model = load_model(checkpoint, group=model_group, device="cpu")
+    reducer = open_all_reduce(model_group, transport=transport, probe=session.collectives)
+    assert reducer.name == transport
+    model = load_model(checkpoint, group=model_group, device="cpu", all_reduce=reducer.all_reduce)
     kv_cache = KVCache(
         model.cache_spec, num_blocks=10, num_host_blocks=40, block_size=4, device="cpu"
     )
@@ -131,15 +135,18 @@ def _observed_engine(rank: int, checkpoint: Path, run_dir: str) -> dict[str, Any
     else:
         executor.follow(channel)
     channel.close()
+    reducer.close()
     session.close()
     return seen
 
 
+@pytest.mark.parametrize("transport", ["shared-memory", "process-group"])
 def test_a_scrape_finds_exactly_the_collectives_that_the_model_must_have_issued(
-    tmp_path: Path,
+    tmp_path: Path, transport: str
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    seen, _ = run_ranks(_observed_engine, 2, checkpoint, make_run_dir(), timeout_s=120)
+    run_dir = make_run_dir()
+    seen, _ = run_ranks(_observed_engine, 2, checkpoint, run_dir, transport, timeout_s=120)
     samples, steps, counters = seen["samples"], seen["steps"], seen["counters"]
     reductions = steps * (1 + 2 * seen["layers"])
     assert collective_counts(samples, "all_reduce", "tp") == {"0": reductions, "1": reductions}
