@@ -100,7 +100,8 @@ class BlockManager:
             self._filled_device.add(target)
             self.device.release(source)
             table[index] = target
-        for _ in range(self.blocks_for(sequence.num_tokens) - len(table)):
+        lacking = -(-len(sequence.token_ids) // self.block_size) - len(table)
+        for _ in range(lacking):
             table.append(self._take())
 
     def fork(self, parent: Sequence, child: Sequence) -> None:

@@ -81,10 +81,10 @@ class BlockPool:
 
     def allocate(self) -> int:
         """A block that was blank or ready, now blank and referred to once."""
-        assert self.num_ready, f"{self.name} pool: all {self.num_blocks} blocks are in use"
         if self._blank:
             block = self._blank.pop()
         else:
+            assert self._ready, f"{self.name} pool: all {self.num_blocks} blocks are in use"
             block, _ = self._ready.popitem(last=False)
             self._forget(block)
         self.references[block] = 1
@@ -164,4 +164,6 @@ class BlockPool:
 
     def _count_used(self) -> None:
         self.num_free -= 1
-        self.peak_used = max(self.peak_used, self.num_used)
+        used = self.num_blocks - self.num_free
+        if used > self.peak_used:
+            self.peak_used = used

@@ -37,6 +37,14 @@ class Hits(NamedTuple):
 NO_HITS = Hits({}, {})
 
 
+def _as_bytes(token_ids: list[int]) -> bytes:
+    """Native int64; the unsigned type says the same and refuses placeholders."""
+    try:
+        return array("Q", token_ids).tobytes()
+    except OverflowError:
+        raise AssertionError("a block of tokens not known yet") from None
+
+
 class PrefixCache:
     """Gives full blocks their keys, and finds the blocks that a sequence need not compute."""
 
@@ -55,11 +63,12 @@ class PrefixCache:
             return next(self._numbers)
         keys = sequence.block_keys
         size = self._block_size
-        for start in range(len(keys) * size, (index + 1) * size, size):
-            tokens = array("q", sequence.token_ids[start : start + size])
-            assert len(tokens) == size and min(tokens) >= 0, "a block of tokens not known yet"
+        while len(keys) <= index:
+            start = len(keys) * size
+            tokens = _as_bytes(sequence.token_ids[start : start + size])
+            assert len(tokens) == 8 * size, "a block that is not full"
             parent = keys[-1] if keys else b""
-            keys.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+            keys.append(blake2b(parent + tokens, digest_size=16).digest())
         return keys[index]
 
     def register(self, sequence: Sequence) -> None:
@@ -67,8 +76,9 @@ class PrefixCache:
         if not self.enabled:
             return
         table, keys = sequence.block_table, self._device.keys
-        full = min(sequence.num_computed // self._block_size, len(table))
-        first = full
+        if not table:
+            return
+        first = full = sequence.num_computed // self._block_size
         while first and keys[table[first - 1]] is None:
             first -= 1
         for index in range(first, full):
