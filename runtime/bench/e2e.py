@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from onecast.comm.all_reduce import TRANSPORTS
 from onecast.runtime import demo
 
 from . import e2e_ablation, e2e_telemetry
@@ -62,6 +63,7 @@ class Chosen(NamedTuple):
     device: str
     tp: tuple[int, ...]
     channels: tuple[str, ...]
+    all_reduce: str
     command: str
 
 
@@ -106,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         "--channels", default="all", metavar="NAME[,NAME..]", help=f"of {', '.join(CHANNELS)} (all)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--all-reduce", choices=TRANSPORTS, default="auto",
+        help="how CPU ranks sum, as for generate (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--drawn", type=_number, metavar="N", help="tokens drawn by each sequence")
     parser.add_argument("--rounds", type=_number, metavar="N", help="turns of each in a launch")
     parser.add_argument(
@@ -144,7 +150,16 @@ def _choose(options: argparse.Namespace, command: str) -> Chosen:
         model, name = options.model, options.model.resolve().name
     else:
         model, name = _DEMO, "demo checkpoint"
-    return Chosen(name, model, options.synthetic, options.device, options.tp, channels, command)
+    return Chosen(
+        name,
+        model,
+        options.synthetic,
+        options.device,
+        options.tp,
+        channels,
+        options.all_reduce,
+        command,
+    )
 
 
 def measure(chosen: Chosen, amount: Amount) -> Row:
@@ -154,7 +169,13 @@ def measure(chosen: Chosen, amount: Amount) -> Row:
     """
     load = os.getloadavg()[0]
     plan = Plan(
-        chosen.model, chosen.device, amount.batches, chosen.channels, amount.rounds, amount.drawn
+        chosen.model,
+        chosen.device,
+        amount.batches,
+        chosen.channels,
+        amount.rounds,
+        amount.drawn,
+        chosen.all_reduce,
     )
     for tp in chosen.tp:
         blocks = blocks_of(max(plan.batches), plan.drawn)
@@ -181,6 +202,7 @@ def measure(chosen: Chosen, amount: Amount) -> Row:
             "channels": list(chosen.channels),
             "launches": amount.launches,
             "rounds": amount.rounds,
+            "all_reduce": plan.all_reduce,
         },
         "channels": {name: CHANNELS[name] for name in chosen.channels},
         "definitions": DEFINITIONS,

@@ -39,7 +39,7 @@ class Published(NamedTuple):
 
 
 class TurnChannel:
-    """A `Channel` that serves one turn after the other; a frame it returns is in hand.
+    """A `Channel` that serves one turn after the other; what `receive` returns is in hand.
 
     Receivers find `Closed` at the end of each turn, and can go on receiving in the next.
     """
@@ -52,7 +52,6 @@ class TurnChannel:
 
     def publish(self, mapping: Mapping[Any, Any]) -> Frame:
         frame = self._channel.publish(mapping)
-        frame.mapping  # noqa: B018 - in hand
         tokens, sequences = (mapping[name].shape[0] for name in ("input_ids", "seq_lens"))
         self.published.append(Published(frame.nbytes, frame.metadata_bytes, tokens, sequences))
         self._count()

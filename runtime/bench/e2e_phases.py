@@ -5,7 +5,10 @@ processes of a host. Knows nothing of what becomes of them.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
+
+from torch import Tensor
 
 from onecast.runtime.observer import NullObserver
 
@@ -22,6 +25,7 @@ class RecordedStep(NamedTuple):
     begin_ns: int
     end_ns: int
     spans: list[Span]
+    all_reduce_ns: int  # in the forward, all calls together
 
 
 class PhaseRecorder(NullObserver):
@@ -31,6 +35,7 @@ class PhaseRecorder(NullObserver):
         self._phases: dict[str, _Phase] = {}
         self._spans: list[Span] = []
         self._steps: list[RecordedStep] = []
+        self._all_reduce_ns = 0
         self._scope = _Step(self)
 
     def step(self, step: int, batch_size: int = 0) -> "_Step":
@@ -41,6 +46,16 @@ class PhaseRecorder(NullObserver):
         if phase is None:
             phase = self._phases[name] = _Phase(self, name)
         return phase
+
+    def time_all_reduce(self, call: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+        """The same, with the time that it takes kept for the step it is in."""
+
+        def timed(tensor: Tensor) -> None:
+            begin_ns = time.perf_counter_ns()
+            call(tensor)
+            self._all_reduce_ns += time.perf_counter_ns() - begin_ns
+
+        return timed
 
     def take(self) -> list[RecordedStep]:
         """All steps since the last call."""
@@ -53,8 +68,10 @@ class PhaseRecorder(NullObserver):
     def end_step(self, begin_ns: int | None) -> None:
         """None: it was none."""
         spans, self._spans = self._spans, []
+        all_reduce_ns, self._all_reduce_ns = self._all_reduce_ns, 0
         if begin_ns is not None:
-            self._steps.append(RecordedStep(begin_ns, time.perf_counter_ns(), spans))
+            end_ns = time.perf_counter_ns()
+            self._steps.append(RecordedStep(begin_ns, end_ns, spans, all_reduce_ns))
 
 
 class _Step:

@@ -14,6 +14,7 @@ from .e2e_ablation import Launch as AblationLaunch
 from .e2e_channels import CHANNELS, FUSED, SHM, TWO
 from .e2e_cost import make_ablation
 from .e2e_rows import (
+    ALL_REDUCE,
     BROADCAST_US,
     BROADCASTS,
     PAIRED,
@@ -24,7 +25,7 @@ from .e2e_rows import (
     make_rows,
 )
 from .e2e_run import Case, Turn
-from .e2e_steps import DRIVER_PHASES, WORKER_PHASES
+from .e2e_steps import DRIVER_PHASES, FORWARD, WORKER_PHASES
 from .e2e_telemetry import ToggledTurn
 from .figures import REPORTED, Row, make_figure
 from .terminal import make_figure_table, open_console, short
@@ -207,6 +208,9 @@ def _phase_table(rows: Rows, tp: int, batch: int) -> Table:
             if any(cells):
                 shown = (f"{cell:,.0f}" for cell in cells)
                 table.add_row(f"{rank} {phase}", *shown, end_section=phase == phases[-1])
+            if phase == FORWARD and tp > 1:
+                cells = [rows[Case(tp, batch, o), rank, ALL_REDUCE]["median"] for o in channels]
+                table.add_row("    all-reduce", *(f"{cell:,.0f}" for cell in cells))
     cells = [rows[Case(tp, batch, one), None, BROADCAST_US]["median"] for one in channels]
     table.add_row("publish to last in hand", *(f"{cell:,.0f}" for cell in cells))
     return table

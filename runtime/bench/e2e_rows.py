@@ -15,6 +15,7 @@ from .figures import Row, p99
 TOKENS_PER_S = "tokens/s"
 STEP, PREFILL, BROADCAST_US = "step us", "prefill us", "broadcast us"
 SHARE = "broadcast share"
+ALL_REDUCE = "all-reduce us"
 BROADCASTS, BYTES, METADATA = "broadcasts/step", "bytes/step", "metadata bytes/step"
 PAIRED = f"{TOKENS_PER_S} vs {TWO}"
 
@@ -28,6 +29,7 @@ DEFINITIONS = {
     "hand, in decode steps",
     SHARE: "the same over the time of that step, from 0 to 1",
     "wait us": "in receive, before the driver begins to publish",
+    ALL_REDUCE: "in all-reduce, waiting for other ranks included; part of forward us",
     "other us": "of a rank's step, what is in no phase",
     BROADCASTS: "dist.broadcast calls on the source, mean over the steps of a turn",
     BYTES: "of the message of a decode step, mean over a turn",
@@ -121,6 +123,7 @@ def _of_turn(turn: Turn) -> dict[tuple[int | None, str], list[float]]:
         for rank in range(len(step.ranks)):
             for phase, us in step.phase_us(rank).items():
                 add(rank, f"{phase} us", us)
+            add(rank, ALL_REDUCE, step.all_reduces_ns[rank] / 1e3)
     driver = turn.driver
     messages = [driver.published[step.number] for step in decodes]
     add(None, BROADCASTS, driver.broadcasts / len(driver.steps))

@@ -9,12 +9,14 @@ stay for the whole launch. Knows nothing of medians.
 import gc
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from onecast.comm import AllReduce, CollectiveProbe, open_all_reduce
 from onecast.comm.testing import run_ranks
 from onecast.runtime.engine import Engine
 from onecast.runtime.executor import StepExecutor
@@ -27,7 +29,7 @@ from onecast.runtime.sampling import Sampler
 from onecast.runtime.scheduler import Scheduler, SchedulerConfig
 from onecast.runtime.tokenizer import Tokenizer
 
-from .e2e_channels import Published, TurnChannel, open_turn_channel
+from .e2e_channels import TIMEOUT_S, Published, TurnChannel, open_turn_channel
 from .e2e_phases import PhaseRecorder, RecordedStep
 from .e2e_prompts import MOST, make_prompts
 
@@ -47,6 +49,7 @@ class Plan(NamedTuple):
     channels: tuple[str, ...]
     rounds: int
     drawn: int
+    all_reduce: str = "auto"
     timeout_s: float = 3600.0
 
 
@@ -99,11 +102,15 @@ _Driven = list[tuple[int, str, int, DriverTurn]]  # batch, channel, round
 def _measure(rank: int, plan: Plan) -> tuple[list[list[RecordedStep]], _Driven]:
     """On one rank: its steps, turn by turn; on rank 0 also what it drove."""
     device = join_device(rank, plan.device)
-    model, kv_cache = load(plan, device)
+    recorder = PhaseRecorder()
+    group = dist.new_group(group_desc="tp")
+    assert group is not None
+    reducer = open_reducer(plan, group)
+    timed = None if reducer is None else recorder.time_all_reduce(reducer.all_reduce)
+    model, kv_cache = load(plan, device, group, timed)
     channels = {name: open_turn_channel(name, device) for name in plan.channels}
     tokenizer = Tokenizer(plan.model)
     prompts = make_prompts(tokenizer, max(plan.batches))
-    recorder = PhaseRecorder()
     executor = StepExecutor(model, kv_cache, recorder)
     chance = random.Random(0)  # the same on all ranks
     steps: list[list[RecordedStep]] = []
@@ -127,6 +134,8 @@ def _measure(rank: int, plan: Plan) -> tuple[list[list[RecordedStep]], _Driven]:
                     steps.append(taken)
     for channel in channels.values():
         channel.close()
+    if reducer is not None:
+        reducer.close()
     kv_cache.close()
     return steps, driven
 
@@ -140,10 +149,24 @@ def join_device(rank: int, device: str) -> torch.device:
     return own
 
 
-def load(plan: Plan, device: torch.device) -> tuple[ModelRunner, KVCache]:
+def open_reducer(
+    plan: Plan, group: dist.ProcessGroup, probe: CollectiveProbe | None = None
+) -> AllReduce | None:
+    """As `onecast generate` opens it; None where a rank is alone. A collective call."""
+    if dist.get_world_size(group) == 1:
+        return None
+    transport = plan.all_reduce if plan.device == "cpu" else "process-group"
+    return open_all_reduce(group, transport=transport, probe=probe, timeout_s=TIMEOUT_S)
+
+
+def load(
+    plan: Plan,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    all_reduce: Callable[[torch.Tensor], object] | None,
+) -> tuple[ModelRunner, KVCache]:
     """This rank's part of the model, and a cache for the largest batch; a collective call."""
-    group = dist.new_group(group_desc="tp")
-    model = load_model(plan.model, group=group, device=device)
+    model = load_model(plan.model, group=group, device=device, all_reduce=all_reduce)
     num_blocks = blocks_of(max(plan.batches), plan.drawn)
     kv_cache = KVCache(
         model.cache_spec,

@@ -8,8 +8,9 @@ Knows nothing of medians.
 
 A receiver waits until the driver begins to publish; from then on, or from its call if that comes
 later, until the mapping is in hand, it is the broadcast's. The broadcast of a step lasts from the
-driver beginning to publish until the last rank has the mapping in hand. On a GPU phases are the
-host's: "forward" launches, "sample" waits for the device.
+driver beginning to publish until the last rank has the mapping in hand; the driver, which made it,
+has it when `publish` returns. On a GPU phases are the host's: "forward" launches, "sample" waits
+for the device.
 """
 
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Step(NamedTuple):
     in_hand_ns: int  # the last rank has the mapping
     ranks: list[list[Span]]
     others_ns: list[int]  # of each rank's step, what is in no phase
+    all_reduces_ns: list[int]  # of each rank's forward
 
     @property
     def step_us(self) -> float:
@@ -93,6 +95,7 @@ def steps_of(turn: Turn) -> Iterator[Step]:
             in_hand_ns=max(ends),
             ranks=[spans[0], *(_split(named, begin_ns) for named in spans[1:])],
             others_ns=others,
+            all_reduces_ns=[record.all_reduce_ns for record in ranks],
         )
 
 

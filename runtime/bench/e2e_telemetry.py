@@ -8,11 +8,13 @@ session has put into torch.distributed is out of it, and nothing else is told an
 import gc
 import random
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 
-from onecast.comm import Closed, Frame
+from onecast.comm import AllReduce, Closed, Frame
 from onecast.comm.testing import run_ranks
 from onecast.runtime.executor import StepExecutor
 from onecast.runtime.observer import NullObserver, Observer
@@ -29,6 +31,7 @@ from .e2e_run import (
     join_device,
     load,
     make_engine,
+    open_reducer,
 )
 from .telemetry_toggle import Toggle
 
@@ -54,6 +57,30 @@ def launch(tp: int, channel: str, plan: Plan) -> list[ToggledTurn]:
     return turns
 
 
+class _Sums:
+    """The model's all-reduce: the one that tells the session, or the one that does not."""
+
+    def __init__(self, reducers: dict[bool, AllReduce | None]) -> None:
+        self._reducers = reducers
+        self.all_reduce: Callable[[Tensor], object] | None = None
+        if reducers[True] is not None:
+            self.all_reduce = self._sum
+        self._sums: Callable[[Tensor], object] | None = None
+
+    def switch(self, on: bool) -> None:
+        reducer = self._reducers[on]
+        self._sums = None if reducer is None else reducer.all_reduce
+
+    def close(self) -> None:
+        for reducer in self._reducers.values():
+            if reducer is not None:
+                reducer.close()
+
+    def _sum(self, tensor: Tensor) -> None:
+        assert self._sums is not None
+        self._sums(tensor)
+
+
 class _Way(NamedTuple):
     """Everything that is told, or not."""
 
@@ -64,7 +91,6 @@ class _Way(NamedTuple):
 
 def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
     device = join_device(rank, plan.device)
-    model, kv_cache = load(plan, device)
     tokenizer = Tokenizer(plan.model)
     prompts = make_prompts(tokenizer, max(plan.batches))
     toggle = Toggle()
@@ -74,6 +100,15 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
         engine_id="bench-e2e", settings=TelemetrySettings(), any_port=True,
     )  # fmt: skip
     toggle.instrumented()
+    group = dist.new_group(group_desc="tp")
+    assert group is not None
+    sums = _Sums(
+        {
+            on: open_reducer(plan, group, probe)
+            for on, probe in ((True, session.collectives), (False, None))
+        }
+    )
+    model, kv_cache = load(plan, device, group, sums.all_reduce)
     observers: dict[bool, Observer] = {True: session, False: NullObserver()}
     ways = {}
     for on, observer in observers.items():
@@ -97,6 +132,7 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
                     time.sleep(_PAUSE_S)
                     dist.barrier()
                     toggle.switch(on)
+                    sums.switch(on)
                     way = ways[on]
                     if rank != 0:
                         steps[on] = _follow(way, steps[on])
@@ -112,6 +148,7 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
         session.close()
     for way in ways.values():
         way.channel.close()
+    sums.close()
     kv_cache.close()
     return turns
 
