@@ -34,6 +34,7 @@ from .admission import SchedulerConfig
 from .block_manager import BlockManager
 from .counters import Counters, Gauges
 from .growth import Growth
+from .preemption import Preemption
 from .prefix_cache import Hits
 from .progress import Progress
 from .queues import Queues
@@ -64,6 +65,7 @@ class Scheduler:
         self._counters = Counters()
         self._progress = Progress(self.queues, self.blocks, self._counters, eos_token_ids)
         self._growth = Growth(config.block_size)
+        self._preemption = Preemption(self.queues, self.blocks, self._growth, self._counters)
         # Who was not let in last, with the blocks it lacks: a step in which that cannot have
         # changed need not look through its blocks again.
         self._refused: tuple[Sequence, Hits, int] | None = None
@@ -89,14 +91,14 @@ class Scheduler:
         ops = blocks.begin_step()
         growing = self._growing()
         needed, lacking = blocks.missing(growing)
-        ahead = self._most_needed_ahead()
+        ahead = self._preemption.most_needed_ahead(step)
         if needed + ahead > blocks.device.num_free:
-            ahead = self._needed_ahead()
+            ahead = self._preemption.needed_ahead(step)
         # A step that preempts takes nobody (back) in: what it freed is for those that stay, and
         # a victim returning at once would only move its blocks to and fro.
         may_enter = needed + ahead <= blocks.device.num_free
         if not may_enter:
-            lacking = self._preempt(growing)
+            lacking = self._preemption.preempt(growing, step)
         elif queues.swapped:
             self._swap_in(needed, ahead)
         for sequence in lacking:
@@ -172,7 +174,7 @@ class Scheduler:
             swapped=len(self.queues.swapped),
         )
 
-    # -- who stays -----------------------------------------------------------------------------
+    # -- one step ------------------------------------------------------------------------------
 
     def _growing(self) -> list[Sequence]:
         """The decodes that may need a block in this step, among them those that begin to decode."""
@@ -187,56 +189,6 @@ class Scheduler:
         for sequence in growing:
             self._growth.expect(sequence, self.step)
         return growing
-
-    def _most_needed_ahead(self) -> int:
-        """An upper bound of `_needed_ahead`."""
-        most = self._growth.most_due(self.step + 1)
-        return most + self.queues.forks.places(self.queues.prefills)
-
-    def _needed_ahead(self) -> int:
-        """Blocks that those now on the device may take in the next step, beside what is free.
-
-        Less what sequences give back that surely end with this one's token.
-        """
-        queues, references = self.queues, self.blocks.device.references
-        needed = sum(s in queues.decodes for s in self._growth.due(self.step + 1))
-        needed += sum(map(self._growth_after_prompt, queues.prefills))
-        for sequence in filter(_ends_now, queues.decodes):
-            needed -= sum(references[block] == 1 for block in sequence.block_table)
-        return max(needed, 0)
-
-    def _growth_after_prompt(self, sequence: Sequence) -> int:
-        """Blocks that a prefill needs as soon as its last known token is computed."""
-        choices = self.queues.forks.places([sequence])
-        aligned = sequence.num_tokens % self.config.block_size == 0
-        return choices if aligned else choices - 1  # one of them goes on in the block they share
-
-    def _preempt(self, growing: list[Sequence]) -> list[Sequence]:
-        """Take sequences off the device until the others have their blocks; who still lacks any."""
-        queues, blocks = self.queues, self.blocks
-        while True:
-            needed, lacking = blocks.missing(s for s in growing if s in queues.decodes)
-            now = needed > blocks.device.num_free
-            if not now and needed + self._needed_ahead() <= blocks.device.num_free:
-                return lacking
-            assert queues.num_running > 1 or not now, "a sequence alone on the device always fits"
-            # The least preempted so far; among equals the latest to arrive.
-            candidates = queues.running if now else filter(_may_leave_early, queues.decodes)
-            victim = min(candidates, key=lambda s: (s.num_preemptions, -s.arrival), default=None)
-            may_swap = victim is not None and blocks.can_swap_out(victim)
-            if victim is None or not (now or (may_swap and queues.num_running > 1)):
-                return lacking
-            self._counters.preemptions += 1
-            if may_swap:
-                blocks.swap_out(victim)
-                victim.num_swaps += 1
-                queues.leave_to_host(victim)
-            else:
-                blocks.free(victim)
-                victim.num_computed = 0
-                victim.num_recomputes += 1
-                queues.leave_to_recompute(victim)
-                self._counters.recomputes += 1
 
     # -- who comes -----------------------------------------------------------------------------
 
@@ -286,7 +238,7 @@ class Scheduler:
                 return
             blocks.admit(sequence, hits)
             self._count_hits(sequence, num_cached)
-            ahead += self._growth_after_prompt(sequence)
+            ahead += self._preemption.growth_after_prompt(sequence)
             queues.enter(queues.waiting.popleft())
             if hits.on_host and running and config.chunked_prefill:
                 sequence.run_from = self.step + 1
@@ -336,14 +288,3 @@ class Scheduler:
         # Entries with one token come first: all decodes, then the shortest of the prefills.
         scheduled = [*decodes.values(), *prefills]
         return StepPlan(self.step, scheduled, self.blocks.ops, samples, rows)
-
-
-def _ends_now(sequence: Sequence) -> bool:
-    """Whether the token that a decode draws in this step is the last one that it may have."""
-    num_drawn = sequence.num_tokens - sequence.num_prompt
-    return num_drawn + 1 >= sequence.request.params.max_tokens
-
-
-def _may_leave_early(sequence: Sequence) -> bool:
-    """Whether a decode may be preempted before a block is lacking: see the proof above."""
-    return sequence.num_tokens > sequence.tokens_at_entry and not _ends_now(sequence)
