@@ -106,7 +106,7 @@ class Meeting:
     def leave(self, lost: int | None = None) -> None:
         """This rank comes to no more meetings, because of the rank that is `lost`, if one is."""
         if lost is not None:
-            self._words[self._own + BLAMED] = lost + 1
+            self._blame(lost)
             if self._weak:
                 self._fence()  # Fence: why it leaves is visible before that it has left
         self._words[self._own] = self.count << 1 | 1
@@ -202,8 +202,9 @@ class Meeting:
                 continue
             if not self._missing(want):
                 return
-            self._words[self._own + BLAMED] = rank + 1
-            raise PeerLost(rank, f"its process ended while this rank waited for {self._told(want)}")
+            lost = self._words[line + BLAMED] - 1 if self._words[line + BLAMED] else rank
+            self._blame(lost)
+            raise PeerLost(lost, f"its process ended while this rank waited for {self._told(want)}")
 
     def _end(self, line: int) -> NoReturn:
         """Raise why the rank of this line has left."""
@@ -212,9 +213,14 @@ class Meeting:
         rank = self._ranks[self._lines.index(line)]
         lost = self._words[line + BLAMED]
         if lost:
-            self._words[self._own + BLAMED] = lost
+            self._blame(lost - 1)
             raise PeerLost(lost - 1, f"rank {rank} says so")
         raise Closed(f"rank {rank} has closed after {self._told(self._words[line])}")
+
+    def _blame(self, lost: int) -> None:
+        """Write down whose loss ends this rank's meetings: the first one."""
+        words, place = self._words, self._own + BLAMED
+        words[place] = words[place] or lost + 1
 
     def _told(self, arrivals: int) -> str:
         return f"meeting {arrivals >> 1}"
