@@ -21,7 +21,7 @@ from typing import NamedTuple
 from onecast.comm.all_reduce import TRANSPORTS
 from onecast.runtime import demo
 
-from . import e2e_ablation, e2e_telemetry
+from . import e2e_ablation, e2e_telemetry, peers
 from .e2e_channels import CHANNELS, SHM
 from .e2e_cost import make_ablation
 from .e2e_machine import check_model, describe_hardware, describe_model, describe_versions
@@ -74,7 +74,14 @@ def main(argv: Sequence[str]) -> int:
     given = {"batches": options.batch, "drawn": options.drawn, "rounds": options.rounds}
     amount = amount._replace(**{name: value for name, value in given.items() if value is not None})
     try:
-        report = measure(_choose(options, shlex.join(["onecast", "bench", "e2e", *argv])), amount)
+        chosen = _choose(options, shlex.join(["onecast", "bench", "e2e", *argv]))
+        report = measure(chosen, amount)
+        if options.peer:
+            print(f"peers: {', '.join(options.peer)}", file=sys.stderr, flush=True)
+            report["peers"] = peers.measure_peers(
+                options.peer, chosen.model, drawn=amount.drawn, quick=options.quick
+            )
+            report["ratios"] += report["peers"]["ratios"]
     except ValueError as error:
         print(f"onecast: {error}", file=sys.stderr)
         return 2
@@ -118,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", type=Path, metavar="DIR", default=default_cache(),
         help="where synthetic models are kept (%(default)s)",
     )  # fmt: skip
+    peers.add_peer_option(parser)
     parser.add_argument("--report", type=Path, metavar="DIR", help="also write an HTML page there")
     return parser
 

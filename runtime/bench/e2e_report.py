@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from . import peers
 from .e2e_ablation import Launch as AblationLaunch
 from .e2e_channels import CHANNELS, FUSED, SHM, TWO
 from .e2e_cost import make_ablation
@@ -137,7 +138,9 @@ def print_report(report: Row) -> None:
     if "ablation" in report:
         console.print(_model_table(report["ablation"]))
         console.print(_protocol_table(report["ablation"]))
-    console.print(make_figure_table("Figures", report["ratios"], TEXTS))
+    if "peers" in report:
+        peers.print_peers(report["peers"])
+    console.print(make_figure_table("Figures", report["ratios"], TEXTS | peers.TEXTS))
     model = report["model"]
     console.print(
         f"{model['name']}: {model['parameters']:,} parameters, {model['dtype']} on "

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -130,7 +131,7 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
                     toggle.switch(False)
                     gc.collect()
                     time.sleep(_PAUSE_S)
-                    dist.barrier()
+                    dist.all_reduce(torch.zeros(1))  # a barrier, over Gloo on any device
                     toggle.switch(on)
                     sums.switch(on)
                     way = ways[on]
