@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from onecast.runtime.bench import comm, launch, workloads
+from onecast.runtime.bench import all_reduce, comm, launch, workloads
 from onecast.runtime.bench.ablation import ABLATION
 from onecast.runtime.bench.methods import IDLE, METHODS, PACED, PACED_MORE_RANKS
 
@@ -22,6 +22,7 @@ FIGURES = {
     "metadata_bytes_block_message": "<= 40",
     "metadata_bytes_per_tensor": "<= 3",
     "broadcasts_per_step": "= 1",
+    "shm_allreduce_vs_gloo_16KiB": ">= 4",
 }
 
 
@@ -127,3 +128,18 @@ def test_a_step_count_that_measures_nothing_is_refused(capsys):
 def test_a_workload_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="'W9'; there are: W1, W2, W3, W4"):
         workloads.make_workload("W9")
+
+
+def test_all_reduces_of_every_size_are_measured_both_ways(report):
+    rows = {
+        (row["workload"], row["method"], row["ranks"]): row["n"]
+        for row in report["rows"]
+        if row["metric"] == all_reduce.METRIC
+    }
+    assert set(rows) == {
+        (size, method, ranks)
+        for size in ("1 KiB", "4 KiB", "16 KiB", "64 KiB", "256 KiB", "1024 KiB")
+        for method in all_reduce.METHODS
+        for ranks in comm.RANKS
+    }
+    assert set(rows.values()) == {1}

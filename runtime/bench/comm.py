@@ -1,7 +1,8 @@
-"""`onecast bench comm`: how long a step's mapping takes from one rank to the others.
+"""`onecast bench comm`: how long a step's mapping takes from one rank to the others, and a sum.
 
 Owns the command: how many launches of how many ranks and steps, and where the report goes.
-What a launch does, and what "one way" means, is in `launch` and `exchanges`.
+What a launch does, and what "one way" means, is in `launch` and `exchanges`; `all_reduce` is about
+the sums of a tensor-parallel model.
 
 Each launch opens every method anew and lets the methods take turns, so that a slow spell of the
 machine meets all; between launches the machine may be another, and a ratio shows its spread over
@@ -13,8 +14,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .all_reduce import METRIC as ALL_REDUCE
+from .all_reduce import time_all_reduces
 from .figures import describe_machine
-from .launch import Figures, Plan, launch
+from .launch import Figures, Key, Plan, launch
 from .report import make_ratios, make_rows
 from .tables import print_report
 from .terminal import deliver, make_parser
@@ -23,6 +26,7 @@ RANKS = (2, 4)
 _LAUNCHES = 3
 _STEPS = 700  # per launch: 2,100 in all
 _QUICK_STEPS = 50
+_ALL_REDUCES = 3  # one for so many timed exchanges
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,6 +55,9 @@ def measure(steps: int, launches: int, quick: bool) -> dict[str, Any]:
             few = max(steps // 5, 1) if quick and ranks > 2 else steps
             untimed, idle_s = (8, 1.0) if quick else (20, 3.0)
             figures |= launch(Plan(ranks, few, few, untimed, idle_s))
+            times = time_all_reduces(ranks, max(few // _ALL_REDUCES, 1))
+            for (size, method), values in times.items():
+                figures[Key(size, method, ranks, "tight", ALL_REDUCE)] = values
         seen.append(figures)
     notes = ["Gloo"]
     if len(os.sched_getaffinity(0)) < max(RANKS):

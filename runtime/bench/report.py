@@ -10,6 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .all_reduce import GLOO as GLOO_SUM
+from .all_reduce import GLOO_AGAIN as GLOO_SUM_AGAIN
+from .all_reduce import METRIC as ALL_REDUCE
+from .all_reduce import SHM as SHM_SUM
+from .all_reduce import SIZES
 from .figures import REPORTED, Row, make_figure, summarize
 from .launch import BROADCASTS, CPU, METADATA, ONE_WAY, Figures, Key
 from .methods import FLOOR, GROUP, PICKLE, RAW, RAW_AGAIN, SHM, SPINNING, steady_frame
@@ -51,6 +56,16 @@ def _medians(figures: Figures) -> Median:
 def one_way(method: str, mode: str = "tight", workload: str = "W2", ranks: int = 2) -> Key:
     """The row of one-way times."""
     return Key(workload, method, ranks, mode, ONE_WAY)
+
+
+def all_reduces(size: str, method: str, ranks: int) -> Key:
+    """The row of all-reduces of that size."""
+    return Key(size, method, ranks, "tight", ALL_REDUCE)
+
+
+def _all_reduces(size: str, ranks: int) -> Callable[[Median], float]:
+    gloo, shm = (all_reduces(size, method, ranks) for method in (GLOO_SUM, SHM_SUM))
+    return lambda median: median(gloo) / median(shm)
 
 
 def _ratio(
@@ -98,6 +113,21 @@ _RATIOS: dict[str, tuple[str, Callable[[Median], float]]] = {
     "metadata_bytes_block_message": ("<= 40", _value(Key("W1", SHM, 2, "steady", METADATA))),
     "metadata_bytes_per_tensor": ("<= 3", _metadata_bytes_per_tensor),
     "broadcasts_per_step": ("= 1", _value(Key("W2", GROUP, 2, "steady", BROADCASTS))),
+    "shm_allreduce_vs_gloo_16KiB": (">= 4", _all_reduces("16 KiB", 2)),
+    **{
+        f"shm_allreduce_vs_gloo_{size.replace(' ', '')}": (REPORTED, _all_reduces(size, 2))
+        for size in SIZES
+        if size != "16 KiB"
+    },
+    "shm_allreduce_vs_gloo_16KiB_4_ranks": (REPORTED, _all_reduces("16 KiB", 4)),
+    "shm_allreduce_us_16KiB": (REPORTED, _value(all_reduces("16 KiB", SHM_SUM, 2))),
+    "gloo_again_vs_gloo_allreduce_16KiB": (
+        REPORTED,
+        lambda median: (
+            median(all_reduces("16 KiB", GLOO_SUM_AGAIN, 2))
+            / median(all_reduces("16 KiB", GLOO_SUM, 2))
+        ),
+    ),
     # What a difference has to exceed to be one: the same method twice.
     "raw_again_vs_raw_W2": (REPORTED, _ratio(RAW_AGAIN, RAW)),
     # Every method finding the caches full of the others.

@@ -75,6 +75,12 @@ class Gate:
         self._count += 1
         self._words[self._rank * _LINE_WORDS] = self._count
 
+    def meet(self) -> None:
+        """All of them wait for one another; for exchanges that have no source."""
+        self.ready()
+        for rank in range(self._world):
+            await_word(self._words, rank * _LINE_WORDS, self._count)
+
     def await_all(self) -> None:
         """The source's side."""
         self._count += 1

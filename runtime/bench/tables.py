@@ -5,9 +5,11 @@ Owns their columns. Knows nothing of how a figure came about.
 
 from rich.table import Table
 
+from .all_reduce import METHODS, SIZES
+from .all_reduce import METRIC as ALL_REDUCE
 from .figures import Row
 from .launch import ANY_READER, BROADCASTS, BYTES, CPU, METADATA, ONE_WAY, SENDER, Key
-from .report import one_way
+from .report import all_reduces, one_way
 from .terminal import make_figure_table, open_console
 
 
@@ -18,6 +20,7 @@ def print_report(report: Row) -> None:
     tables = dict.fromkeys((key.ranks, key.mode) for key in by_key if key.metric == ONE_WAY)
     for ranks, mode in tables:
         console.print(_table(by_key, ranks, mode))
+    console.print(_all_reduce_table(by_key))
     idle = {key.method: row for key, row in by_key.items() if key.mode == "idle"}
     text = ", ".join(f"{method} {row['median']:.2f}%" for method, row in idle.items())
     console.print(f"A receiver for which nothing comes takes of a core: {text}\n")
@@ -59,6 +62,25 @@ def _table(rows: dict[Key, Row], ranks: int, mode: str) -> Table:
         for metric in (BYTES, BROADCASTS):
             cells.append(f"{rows[key._replace(mode='steady', metric=metric)]['median']:g}")
         table.add_row(key.workload, key.method, *cells, str(row["n"]))
+    return table
+
+
+def _all_reduce_table(rows: dict[Key, Row]) -> Table:
+    table = Table(title="all-reduce (sum) of float32, us: median (p99)")
+    table.add_column("tensor")
+    ranks = sorted({key.ranks for key in rows if key.metric == ALL_REDUCE})
+    for count in ranks:
+        for method in METHODS:
+            table.add_column(
+                f"{method.removeprefix('all-reduce-')}, {count} ranks", justify="right"
+            )
+    for size in SIZES:
+        cells = [
+            f"{_short(row['median'])} ({_short(row['p99'])})"
+            for count in ranks
+            for row in (rows[all_reduces(size, method, count)] for method in METHODS)
+        ]
+        table.add_row(size, *cells)
     return table
 
 
