@@ -71,7 +71,7 @@ def rows_of(report):
     return rows
 
 
-def check(report, amount, tp=2, targets=TARGETS):
+def check(report, amount, tp=2):
     """Rows of every case, rank and metric; figures with their targets, each from rows."""
     rows = rows_of(report)
     for batch in amount.batches:
@@ -90,7 +90,7 @@ def check(report, amount, tp=2, targets=TARGETS):
         assert low <= row["median"] <= high or row["n"] > amount.rounds * amount.launches
         assert math.isfinite(row["p99"]) and row["median"] >= 0
     ratios = {ratio["name"]: ratio for ratio in report["ratios"]}
-    assert {name: ratio["target"] for name, ratio in ratios.items()} == targets
+    assert {name: ratio["target"] for name, ratio in ratios.items()} == TARGETS
     for ratio in ratios.values():
         assert ratio["holds"] is holds(ratio["value"], ratio["target"])
         low, high = ratio["spread"]
@@ -375,7 +375,16 @@ def test_on_a_gpu_memory_of_all_ranks_that_share_it_counts(monkeypatch):
 
 
 def test_the_tables_fit_120_columns_and_nothing_is_cut(report, capsys):
-    e2e_report.print_report(report)
+    batches = list(e2e.FULL.batches)
+    rows = [
+        {**row, "batch": batch, "median": 12345.6, "p99": 67890.1}
+        for row in report["rows"]
+        for batch in batches
+        if row["batch"] == 8
+    ]
+    e2e_report.print_report(
+        {**report, "rows": rows, "plan": {**report["plan"], "batches": batches}}
+    )
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     text = "\n".join(lines)
@@ -385,18 +394,28 @@ def test_the_tables_fit_120_columns_and_nothing_is_cut(report, capsys):
 
 
 @pytest.mark.slow
-def test_the_quick_run_measures_with_one_rank_and_with_four(tmp_path):
-    targets = {name: target for name, target in TARGETS.items() if "tp2" not in name}
+def test_one_rank_alone_and_four_are_measured_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(e2e, "QUICK", TINY)
     report = run(tmp_path / "report.json", "--tp", "1,4", "--batch", "8", "--drawn", "8")
     rows = rows_of(report)
     assert rows[1, 8, TWO, None, STEP]["median"] > 0 and rows[4, 8, SHM, 3, "wait us"]["n"] == 7
-    assert {ratio["name"] for ratio in report["ratios"]} < set(targets)
+    assert rows[1, 8, SHM, None, e2e_report.ON_VS_OFF]["n"] == 1
+    assert {ratio["name"] for ratio in report["ratios"]} == {t for t in TARGETS if "model" in t}
 
 
 @pytest.mark.slow
-def test_the_quick_run_of_the_shipped_and_of_a_synthetic_model(tmp_path):
+def test_a_synthetic_model_and_channels_that_are_named_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(e2e, "QUICK", TINY)
+    arguments = ("--synthetic", "small", "--cache", str(tmp_path), "--channels", f"{SHM},{TWO}")
+    report = run(tmp_path / "report.json", *arguments, "--all-reduce", "process-group")
+    assert report["model"]["synthetic"] == "small" and report["model"]["dtype"] == "float32"
+    assert report["plan"]["channels"] == [TWO, SHM]
+    assert {row["channel"] for row in report["rows"]} == {TWO, SHM}
+    ratios = {ratio["name"]: ratio for ratio in report["ratios"]}
+    assert "e2e_fused_vs_two_broadcast_tp2" not in ratios
+    assert ratios["broadcast_share_of_step_shm"]["target"] == "reported"
+
+
+@pytest.mark.slow
+def test_the_quick_run_measures_the_shipped_model(tmp_path):
     check(run(tmp_path / "report.json"), e2e.QUICK)
-    arguments = ("--synthetic", "small", "--cache", str(tmp_path), "--batch", "8")
-    report = run(tmp_path / "report.json", *arguments)
-    assert report["model"]["synthetic"] == "small"
-    check(report, e2e.QUICK._replace(batches=(8,)), targets=dict.fromkeys(TARGETS, "reported"))

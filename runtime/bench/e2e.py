@@ -50,8 +50,8 @@ class Amount(NamedTuple):
     batches: tuple[int, ...] = _BATCHES
 
 
-QUICK = Amount(launches=1, rounds=1, drawn=16, telemetry_rounds=2, steps=25, batches=(1, 8, 64))
-FULL = Amount(launches=3, rounds=3, drawn=48, telemetry_rounds=8, steps=75)
+QUICK = Amount(launches=1, rounds=1, drawn=24, telemetry_rounds=4, steps=25, batches=(1, 8, 64))
+FULL = Amount(launches=3, rounds=5, drawn=48, telemetry_rounds=20, steps=75)
 
 
 class Chosen(NamedTuple):

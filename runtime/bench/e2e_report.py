@@ -33,6 +33,7 @@ from .terminal import make_figure_table, open_console, short
 
 ON, OFF = f"{TOKENS_PER_S}, telemetry on", f"{TOKENS_PER_S}, telemetry off"
 ON_VS_OFF = f"{TOKENS_PER_S}, on vs off"
+STEP_ON, STEP_OFF = f"{STEP}, telemetry on", f"{STEP}, telemetry off"
 
 _TP, _BATCH = 2, 8  # of the figures
 
@@ -52,6 +53,9 @@ def make_all_rows(seen: Seen) -> list[Row]:
 def _telemetry_rows(launches: Sequence[tuple[int, str, list[ToggledTurn]]]) -> list[Row]:
     values: dict[tuple[Case, str], list[list[float]]] = {}
     for tp, channel, turns in launches:
+        for turn in turns:
+            metric = STEP_ON if turn.on else STEP_OFF
+            values.setdefault((Case(tp, turn.batch, channel), metric), []).append(turn.steps_us)
         pairs: dict[tuple[int, int], dict[bool, float]] = {}
         for turn in turns:
             pairs.setdefault((turn.batch, turn.round), {})[turn.on] = turn.tokens_per_s
@@ -160,7 +164,9 @@ def _channels(rows: Rows, tp: int) -> list[str]:
 
 
 def _throughput_table(rows: Rows, tp: int, batches: Sequence[int]) -> Table:
-    table = Table(title=f"TP {tp}: tokens/s, over two-broadcasts (low to high of turns)")
+    table = Table(
+        title=f"TP {tp}: tokens/s, and how many times two-broadcasts' (low to high of turns)"
+    )
     table.add_column("channel", no_wrap=True)
     for batch in batches:
         table.add_column(f"batch {batch}", justify="right", no_wrap=True)
@@ -172,7 +178,7 @@ def _throughput_table(rows: Rows, tp: int, batches: Sequence[int]) -> Table:
             paired = rows.get((case, None, PAIRED))
             if paired is not None and channel != TWO:
                 low, high = paired["spread"]
-                text += f"\n{paired['median']:.2f} ({low:.2f} to {high:.2f})"
+                text += f"\nx {paired['median']:.2f}\n({low:.2f} to {high:.2f})"
             cells.append(text)
         table.add_row(channel, *cells)
     return table

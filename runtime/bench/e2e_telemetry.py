@@ -26,6 +26,7 @@ from .e2e_channels import TurnChannel, open_turn_channel
 from .e2e_prompts import make_prompts
 from .e2e_run import (
     WARM_DRAWN,
+    DriverTurn,
     Plan,
     backend_of,
     drive,
@@ -36,7 +37,7 @@ from .e2e_run import (
 )
 from .telemetry_toggle import Toggle
 
-_PAUSE_S = 0.15  # for the sidecar to have read what a turn left
+_PAUSE_S = 0.1  # for the sidecar to have read what a turn left
 
 
 class ToggledTurn(NamedTuple):
@@ -47,6 +48,7 @@ class ToggledTurn(NamedTuple):
     on: bool
     tokens: list[list[int]]
     tokens_per_s: float
+    steps_us: list[float]
 
 
 def launch(tp: int, channel: str, plan: Plan) -> list[ToggledTurn]:
@@ -123,6 +125,7 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
     chance = random.Random(0)  # the same on all ranks
     steps = dict.fromkeys(ways, 0)  # so far; telemetry tells steps apart by their numbers
     turns = []
+    over = False
     try:
         for number in range(-1, plan.rounds):  # the first round only warms up
             drawn = WARM_DRAWN if number < 0 else plan.drawn
@@ -141,17 +144,26 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
                     driver = drive(engines[on], way.channel, prompts[:batch], drawn)
                     way.channel.end_turn()
                     if number >= 0:
-                        turns.append(
-                            ToggledTurn(batch, number, on, driver.tokens, driver.tokens_per_s)
-                        )
+                        turns.append(_turn(batch, number, on, driver))
+        over = True
     finally:
         toggle.switch(True)
-        session.close()
+        session.close(wait=over)  # after an error the other ranks may never come
     for way in ways.values():
         way.channel.close()
     sums.close()
     kv_cache.close()
     return turns
+
+
+def _turn(batch: int, number: int, on: bool, driver: DriverTurn) -> ToggledTurn:
+    batch_size = len(driver.tokens)
+    steps_us = [
+        (end - begin) / 1e3
+        for (begin, end), published in zip(driver.steps, driver.published, strict=True)
+        if published.tokens == batch_size  # decodes
+    ]
+    return ToggledTurn(batch, number, on, driver.tokens, driver.tokens_per_s, steps_us)
 
 
 def _follow(way: _Way, step: int) -> int:
