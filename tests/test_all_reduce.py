@@ -25,6 +25,7 @@ from onecast.comm import (
     Closed,
     Mismatch,
     PeerLost,
+    meeting,
     open_all_reduce,
     peers,
     shared_all_reduce,
@@ -34,6 +35,8 @@ from onecast.comm.testing import run_ranks
 
 Case = tuple[tuple[int, ...], str, int, bool]  # shape, dtype, seed, transposed
 
+# Instead of a slice of a wait: who is not woken sleeps for good.
+FOR_EVER_NS = 10**12
 DTYPES = sorted(str(dtype).removeprefix("torch.") for dtype in SUMMED)
 ODD = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, 65504.0, 3.3e38)
 
@@ -274,6 +277,7 @@ def test_a_time_out_names_who_did_not_come_and_the_others_learn_who_gave_up() ->
 
 
 def close_in_turn(rank: int) -> None:
+    meeting._SLICE_NS = FOR_EVER_NS
     reducer = open_all_reduce(transport="shared-memory")
     tensor = torch.tensor([1])
     reducer.all_reduce(tensor)
@@ -474,6 +478,7 @@ def test_a_rank_whose_peers_are_away_sleeps() -> None:
 
 def stress(rank: int, seconds: float) -> int:
     """All-reduces with every kind of pause before and between them."""
+    meeting._SLICE_NS = FOR_EVER_NS
     reducer = open_all_reduce(transport="shared-memory")
     size = dist.get_world_size()
     chance, own = random.Random(3), random.Random(rank)

@@ -36,6 +36,8 @@ def _both_ways(rank: int) -> tuple[dict[Any, Any], list[int], int]:
     dist.all_reduce(torch.zeros(7), group=group)
     unrecorded.append(recording.unrecorded())
     seen = recording.seen()
+    for covered in recording.instrumentor.coverage():
+        assert covered.recorded == covered.issued, covered
     recording.close()
     assert recording.instrumentor.other_ways() is None
     reducer.all_reduce(torch.zeros(8))
