@@ -377,7 +377,8 @@ def test_on_a_gpu_memory_of_all_ranks_that_share_it_counts(monkeypatch):
 def test_the_tables_fit_120_columns_and_nothing_is_cut(report, capsys):
     batches = list(e2e.FULL.batches)
     rows = [
-        {**row, "batch": batch, "median": 12345.6, "p99": 67890.1}
+        {**row, "batch": batch}
+        | ({"median": 12345.6, "p99": 67890.1} if row["metric"].endswith("us") else {})
         for row in report["rows"]
         for batch in batches
         if row["batch"] == 8

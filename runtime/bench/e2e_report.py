@@ -4,7 +4,6 @@ Owns the names and targets. Every figure is computed from rows or from the ablat
 launches, its spread from each launch alone.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -164,9 +163,7 @@ def _channels(rows: Rows, tp: int) -> list[str]:
 
 
 def _throughput_table(rows: Rows, tp: int, batches: Sequence[int]) -> Table:
-    table = Table(
-        title=f"TP {tp}: tokens/s, and how many times two-broadcasts' (low to high of turns)"
-    )
+    table = Table(title=f"TP {tp}: tokens/s, over two-broadcasts (low to high of turns)")
     table.add_column("channel", no_wrap=True)
     for batch in batches:
         table.add_column(f"batch {batch}", justify="right", no_wrap=True)
@@ -187,7 +184,6 @@ def _throughput_table(rows: Rows, tp: int, batches: Sequence[int]) -> Table:
 def _step_table(rows: Rows, tp: int, batches: Sequence[int]) -> Table:
     table = Table(title=f"TP {tp}: µs of a decode step, median (p99), and the broadcast's share")
     table.add_column("channel", no_wrap=True)
-    table.add_column("broadcasts", justify="right", no_wrap=True)
     for batch in batches:
         table.add_column(f"batch {batch}", justify="right", no_wrap=True)
     for channel in _channels(rows, tp):
@@ -196,10 +192,7 @@ def _step_table(rows: Rows, tp: int, batches: Sequence[int]) -> Table:
             case = Case(tp, batch, channel)
             step, share = rows[case, None, STEP], rows[case, None, SHARE]
             cells.append(f"{step['median']:,.0f} ({step['p99']:,.0f})\n{share['median']:.1%} of it")
-        counted = statistics.median(
-            rows[Case(tp, batch, channel), None, BROADCASTS]["median"] for batch in batches
-        )
-        table.add_row(channel, short(counted), *cells)
+        table.add_row(channel, *cells)
     return table
 
 
@@ -222,6 +215,8 @@ def _phase_table(rows: Rows, tp: int, batch: int) -> Table:
                 table.add_row("    all-reduce", *(f"{cell:,.0f}" for cell in cells))
     cells = [rows[Case(tp, batch, one), None, BROADCAST_US]["median"] for one in channels]
     table.add_row("publish to last in hand", *(f"{cell:,.0f}" for cell in cells))
+    counts = [rows[Case(tp, batch, one), None, BROADCASTS]["median"] for one in channels]
+    table.add_row("broadcasts", *map(short, counts))
     return table
 
 
