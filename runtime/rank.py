@@ -29,7 +29,7 @@ class Rank:
 
     environment: RankEnvironment
     channel: Channel
-    all_reduce: AllReduce | None  # None: this rank has the whole model
+    all_reduce: AllReduce | None  # None: the whole model is here, or on a GPU
     executor: StepExecutor
     kv_cache: KVCache
     observer: Observer
@@ -95,11 +95,11 @@ def _open_all_reduce(
     group: dist.ProcessGroup,
     observer: Observer,
 ) -> AllReduce | None:
-    if environment.world_size == 1:
+    if environment.world_size == 1 or config.device != "cpu":
         return None
     return open_all_reduce(
         group,
-        transport=config.all_reduce if config.device == "cpu" else "process-group",
+        transport=config.all_reduce,
         probe=observer.collectives,
         timeout_s=config.timeout_s,
         spin=config.spin,

@@ -10,8 +10,11 @@ overwritten one both show.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from state_search import Verdict, check
@@ -33,6 +36,10 @@ from weak_machine import (
     Use,
     Wake,
 )
+
+from onecast.comm.meeting import Meeting, control_bytes
+from onecast.comm.peers import Peers
+from onecast.comm.segment import Segment as Memory
 
 
 @dataclass(frozen=True)
@@ -214,3 +221,98 @@ def test_without_any_of_its_steps_it_breaks(step: str, model: str) -> None:
 @pytest.mark.parametrize("step", [step for step, model in NEEDED if model == WEAK])
 def test_x86_needs_no_fence_but_the_two_for_sleepers(step: str) -> None:
     assert verdict_on(TWO, TSO, step).broken is None
+
+
+# ---- the code makes the accesses of the model, in the same order
+
+
+class Recorder:
+    """Stands for a rank's view of the words and bytes, its fence and its futexes."""
+
+    def __init__(self, words: Any, names: dict[int, str], log: list[str]) -> None:
+        self.log = log
+        self.words = words
+        self.names = names
+
+    def __getitem__(self, word: int) -> int:
+        self._note("load", word)
+        return cast(int, self.words[word])
+
+    def __setitem__(self, word: int, value: int) -> None:
+        self._note("store", word)
+        self.words[word] = value
+
+    def _note(self, what: str, word: int) -> None:
+        if word in self.names:  # signs of life are not
+            self.log.append(f"{what} {self.names[word]}")
+
+
+class RecordedPair:
+    """Two ranks in one process: what rank 0 does is written down, as on a weakly ordered CPU."""
+
+    def __init__(self) -> None:
+        segment = Memory.create(control_bytes(2))
+        self.first, self.second = (
+            Meeting(segment, [0, 1], cast(Peers, SimpleNamespace(own=own, gone=lambda: None)), 0.0)
+            for own in (SimpleNamespace(rank=0), SimpleNamespace(rank=1))
+        )
+        self.log: list[str] = []
+        self.while_asleep: Callable[[], object] = lambda: None
+        own, other = self.first._lines
+        first: Any = self.first
+        sleepers = first._sleepers[0]
+        names = {own: "arrivals of 0", other: "arrivals of 1", sleepers: "sleepers"}
+        first._words = Recorder(first._words, names, self.log)
+        first._bytes = Recorder(first._bytes, {first._sleeper: "sleeper 0"}, self.log)
+        first._fence, first._weak = lambda: self.log.append("fence"), True
+        first._futexes = {
+            line: SimpleNamespace(wait=self._wait, wake=lambda: self.log.append("wake"))
+            for line in first._lines
+        }
+
+    def _wait(self, found: int, timeout_ns: int) -> None:
+        assert timeout_ns > 0
+        self.log.append(f"sleep while arrivals of 1 are {found}")
+        self.while_asleep()
+
+    def lay_down_and_arrive(self) -> None:
+        self.log.append("store slot of 0")
+        self.first.arrive()
+
+    def add_up(self) -> None:
+        self.first.await_all(5.0)
+        self.log.append("load slot of 1")
+
+
+def test_a_rank_makes_the_accesses_of_its_model_in_the_same_order() -> None:
+    pair = RecordedPair()
+    pair.second.arrive()
+    pair.lay_down_and_arrive()
+    pair.add_up()
+    arrives = ["store slot of 0", "fence", "store arrivals of 0", "fence", "load sleepers"]
+    assert pair.log == [*arrives, "load arrivals of 1", "fence", "load slot of 1"]
+
+
+def test_a_rank_that_sleeps_makes_the_accesses_of_its_model_in_the_same_order() -> None:
+    pair = RecordedPair()
+    pair.lay_down_and_arrive()
+    pair.log.clear()
+    pair.while_asleep = pair.second.arrive
+    pair.add_up()
+    looked = ["load arrivals of 1"]
+    says = ["store sleeper 0", "fence"]
+    asleep = ["sleep while arrivals of 1 are 0", "store sleeper 0"]
+    assert [entry for entry, before in pairwise([*pair.log, ""]) if entry != before] == [
+        *looked,
+        *says,
+        *looked,
+        *asleep,
+        *looked,
+        "fence",
+        "load slot of 1",
+    ]
+    pair.log.clear()
+    sleeper = pair.second._sleeper
+    pair.second._bytes[sleeper] = 1
+    pair.lay_down_and_arrive()
+    assert pair.log[-3:] == ["fence", "load sleepers", "wake"]

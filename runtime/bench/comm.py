@@ -26,7 +26,7 @@ RANKS = (2, 4)
 _LAUNCHES = 3
 _STEPS = 700  # per launch: 2,100 in all
 _QUICK_STEPS = 50
-_ALL_REDUCES = 3  # one for so many timed exchanges
+_ALL_REDUCES = 5  # one for so many timed exchanges
 
 
 def main(argv: Sequence[str]) -> int:
