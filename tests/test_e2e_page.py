@@ -10,6 +10,7 @@ import pytest
 
 from onecast.runtime.bench import e2e_page, pictures, plot_axes
 from onecast.runtime.bench.e2e_page import figures, make_page, write_report
+from onecast.runtime.bench.e2e_style import STYLE
 from onecast.runtime.bench.figures import make_figure
 from onecast.runtime.bench.markup import Markup, element, number
 
@@ -257,6 +258,27 @@ def test_scales_hold_their_values_between_round_ticks(values):
         assert [scale(scale.low), scale(scale.high)] == [0, 100] and 2 <= len(scale.ticks) <= 8
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_mark_and_text_stands_out_from_the_card(scheme):
+    light, dark = STYLE.split("@media (prefers-color-scheme: dark)")[:2]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", light if scheme == "light" else dark))
+    ratios = {name: contrast(colours[name], colours["card"]) for name in colours}
+    assert all(ratios[f"s{n}"] >= 3 for n in range(8)), ratios
+    assert all(ratios[name] >= 4.5 for name in ("text", "dim", "accent", "bad")), ratios
+
+
+def contrast(one, other):
+    """By WCAG 2: of two colours like #1b1f24."""
+
+    def lightness(colour):
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
+
+    darker, lighter = sorted((lightness(one), lightness(other)))
+    return lighter / darker
+
+
 # ---- in a browser
 
 
@@ -357,6 +379,7 @@ def test_without_chromium_there_is_the_page_and_a_line_about_pictures(
     assert "Chromium is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_pictures_are_of_the_plots(report, tmp_path, monkeypatch):
     monkeypatch.setattr(e2e_page, "figures", lambda report: figures(report)[:1])

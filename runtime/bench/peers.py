@@ -17,7 +17,7 @@ from onecast.comm.testing import RankFailed
 from . import peer_queues, peer_transformers
 from .figures import REPORTED, Row, make_figure, summarize
 from .peer_transformers import CONTENDERS, GENERATE, ONECAST, PEER, Contender, PeerTurn
-from .terminal import make_figure_table, open_console, short
+from .terminal import open_console, short
 
 PEERS = (PEER, *peer_queues.MODULES)
 
@@ -212,7 +212,7 @@ def _thirds(values: Sequence[float]) -> list[float]:
 
 
 def print_peers(peers: Mapping[str, Any]) -> None:
-    """What was measured, and a line for each that was left out."""
+    """What was measured, and a line for each that was left out; ratios stand with all others."""
     console = open_console(120)
     rates = [row for row in peers["rows"] if "tokens_per_s" in row]
     if rates:
@@ -220,9 +220,6 @@ def print_peers(peers: Mapping[str, Any]) -> None:
     queues = [row for row in peers["rows"] if "one_way_us" in row]
     if queues:
         console.print(_queue_table(queues))
-    if peers["ratios"]:
-        texts = {row["name"]: TEXTS.get(row["name"], "medians") for row in peers["ratios"]}
-        console.print(make_figure_table("Beside others", peers["ratios"], texts))
     for line in skip_lines(peers):
         console.print(line, markup=False)
 
