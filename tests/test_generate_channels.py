@@ -152,3 +152,25 @@ def test_the_command_takes_a_channel_and_says_what_it_cost(
 def test_a_spin_beyond_its_range_is_refused(tmp_path: Path, spin: str) -> None:
     with pytest.raises(ValueError, match=rf"--spin: {spin} is (below 0|above 1)"):
         RunConfig(tmp_path, tmp_path, tmp_path, spin=float(spin))
+
+
+def test_a_run_sums_through_shared_memory_unless_told_otherwise(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    batch = write_batch(tmp_path / "in.jsonl", [completion("a", max_tokens=20)])
+    texts, said = [], []
+    for options in ((), ("--all-reduce=process-group",)):
+        output = tmp_path / f"{len(texts)}.jsonl"
+        arguments = (f"--model={checkpoint}", "--no-telemetry", *options)
+        status, out, err = run(*generate_args(batch, output, *arguments))
+        assert status == 0, err
+        (result,) = read_results(output)
+        texts.append(result["response"]["body"]["choices"][0]["text"])
+        said += [line.split("│")[2].strip() for line in out.splitlines() if "all-reduces" in line]
+    assert texts[0] == texts[1]
+    assert said == ["shared-memory", "process-group"]
+
+
+def test_sums_through_shared_memory_on_a_gpu_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--all-reduce: shared-memory needs --device cpu, not c"):
+        RunConfig(tmp_path, tmp_path, tmp_path, all_reduce="shared-memory", device="cuda")
