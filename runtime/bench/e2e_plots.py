@@ -199,6 +199,18 @@ def timelines(report: Report, tp: int, batch: int) -> list[Figure]:
     return figures
 
 
+def _place(metric: str) -> int:
+    """In the order of a step; all-reduce is part of forward, and stands below it."""
+    name = metric.removesuffix(" us")
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+
+
+_ORDER = (
+    "schedule", "wait", "publish", "broadcast", "ahead", "move blocks", "forward", "all-reduce",
+    "sample", "commit",
+)  # fmt: skip
+
+
 def phase_table(rows: Rows, tp: int, batch: int) -> Markup | None:
     """The medians of each phase of each rank, a column for each channel."""
     columns = {channel: rows.ranks(tp, batch, channel) for channel in rows.channels}
@@ -211,11 +223,12 @@ def phase_table(rows: Rows, tp: int, batch: int) -> Markup | None:
     if not names:
         return None
     lines: list[tuple[str, ...]] = []
-    for rank, metric in sorted(names, key=lambda name: name[0]):
-        cells = (columns[channel].get(rank, {}).get(metric) for channel in columns)
-        lines.append(
-            (f"rank {rank}, {metric.removesuffix(' us')}", *(cell_of(one) for one in cells))
-        )
+    for rank, metric in sorted(names, key=lambda name: (name[0], _place(name[1]))):
+        found = [columns[channel].get(rank, {}).get(metric) for channel in columns]
+        if any(row is not None and row["p99"] for row in found):
+            part = metric.removesuffix(" us")
+            name = "of that, all-reduce" if part == "all-reduce" else part
+            lines.append((f"rank {rank}, {name}", *map(cell_of, found)))
     for metric in ("broadcast us", "step us"):
         cells = (rows.find(tp, batch, channel, metric) for channel in columns)
         name = "publish to the last rank's hand" if metric == "broadcast us" else "whole step"

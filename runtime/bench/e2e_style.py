@@ -67,13 +67,13 @@ dt { color: var(--dim); max-width: 34ch; overflow-wrap: anywhere; }
 dd { margin: 0; max-width: 90ch; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: 4px 0 10px; border-radius: 4px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-caption { text-align: left; color: var(--dim); padding-bottom: 4px; }
+.caption { color: var(--dim); font-size: 13px; margin: 8px 0 0; }
 th, td {
   text-align: left; vertical-align: top; padding: 3px 14px 3px 0;
   border-bottom: 1px solid var(--line);
 }
 thead th { color: var(--dim); font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; min-width: 9em; }
 td.n { text-align: right; white-space: nowrap; }
 td.bad { color: var(--bad); font-weight: 650; }
 .verdict { font-weight: 600; }

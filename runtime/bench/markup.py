@@ -47,11 +47,12 @@ def table(
     body = [_row(cells, bad) for cells in rows]
     whole = element(
         "table",
-        element("caption", caption),
         element("thead", element("tr", *head)),
         element("tbody", *body),
+        aria_label=caption,
     )
-    return element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
+    box = element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
+    return join([element("p", caption, class_="caption"), box])  # not in the box: it would scroll
 
 
 def _row(cells: Sequence[object], bad: str) -> Markup:
