@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from onecast.runtime.bench import e2e, e2e_ablation, e2e_cost, e2e_machine, e2e_report, synthetic
-from onecast.runtime.bench.e2e_channels import CHANNELS, FUSED, SHM, TWO, Published
+from onecast.runtime.bench.e2e_channels import CHANNELS, FUSED, SHM, TWO, Published, TurnChannel
 from onecast.runtime.bench.e2e_phases import PhaseRecorder, RecordedStep, Span
 from onecast.runtime.bench.e2e_prompts import LEAST, MOST, make_prompts
 from onecast.runtime.bench.e2e_rows import (
@@ -27,10 +27,12 @@ from onecast.runtime.bench.e2e_rows import (
     check_tokens,
     make_rows,
 )
-from onecast.runtime.bench.e2e_run import Case, DriverTurn, Turn
+from onecast.runtime.bench.e2e_run import Case, DriverTurn, Plan, Turn, drive, make_engine
 from onecast.runtime.bench.e2e_steps import DRIVER_PHASES, WORKER_PHASES, steps_of
 from onecast.runtime.bench.figures import holds
 from onecast.runtime.model_config import ModelConfig
+from onecast.runtime.observer import NullObserver
+from onecast.runtime.request import SamplingParams
 from onecast.runtime.tokenizer import Tokenizer
 from onecast.runtime.weights import check_checkpoint
 
@@ -180,6 +182,15 @@ def test_the_ablation_varies_bytes_and_broadcasts_and_fits_a_model(report):
     assert broadcasts == {TWO: 2, "fixed-metadata": 1, "cached-size": 1, FUSED: 1, SHM: 0}
 
 
+def test_a_point_is_counted_by_rounds_broadcasts_and_bytes():
+    Point, features_of = e2e_ablation.Point, e2e_cost.features_of
+    assert features_of(Point(8, 1, 256, pickled=4)) == (1, 7, 2, True, 4, False, 0)
+    assert features_of(Point(4, 4, 1024, framed=3)) == (4, 0, 4, False, 0, True, 3)
+    message = e2e_ablation.Message(10, 4096, 400, 8)
+    assert e2e_cost.features_of_protocol(TWO, message) == (3, 7, 4, 1, 8, 0, 0)
+    assert e2e_cost.features_of_protocol(SHM, message._replace(broadcasts=0))[:3] == (0, 0, 0)
+
+
 def test_the_fit_finds_what_the_times_were_made_of_and_leaves_out_what_costs_nothing():
     truth = [100.0, 50.0, 0.25, 20.0, 5.0, 4.0, 0.5]
     features = [e2e_cost.features_of(point) for point in e2e_ablation.POINTS]
@@ -286,6 +297,30 @@ def test_a_recorder_keeps_phases_by_step_and_forgets_what_was_none():
     assert recorder.take() == []
 
 
+def test_a_turn_asks_for_greedy_tokens_whatever_they_mean_and_looks_nothing_up():
+    plan = Plan(e2e._DEMO, "cpu", (4,), (SHM,), rounds=1, drawn=6)
+    tokenizer = Tokenizer(e2e._DEMO)
+
+    class Cache:
+        num_blocks = 64
+        name, sequence, broadcasts = SHM, 0, 0
+
+    channel = TurnChannel(Cache())  # neither is asked for anything before the first step
+    engine = make_engine(plan, channel, None, tokenizer, Cache(), NullObserver())
+    assert not engine.scheduler.config.prefix_caching
+    asked = []
+
+    class Engine:
+        add = asked.append
+        has_unfinished = False
+
+    assert drive(Engine, channel, [(1, 2), (3,)], 6).tokens == [[], []]
+    assert [request.prompt_token_ids for request in asked] == [(1, 2), (3,)]
+    assert {request.params for request in asked} == {
+        SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    }
+
+
 # ---- prompts and models
 
 
@@ -295,6 +330,8 @@ def test_prompts_differ_from_their_first_block_on_and_repeat_in_every_run():
     assert prompts == make_prompts(tokenizer, 300) and prompts[:8] == make_prompts(tokenizer, 8)
     assert len({prompt[:16] for prompt in prompts}) == 300
     assert {len(prompt) for prompt in prompts} == set(range(LEAST, MOST + 1))
+    for most in range(MOST, MOST + 12):
+        assert len({prompt[:LEAST] for prompt in make_prompts(tokenizer, 300, most=most)}) == 300
     text = tokenizer.decode(prompts[0])
     assert text.startswith("In the beginning")
 
@@ -315,6 +352,7 @@ def test_a_synthetic_model_is_made_once_whole_or_not_at_all(tmp_path, monkeypatc
     assert tokenizer.decode(tokenizer.encode("naïve ")) == "naïve "
     before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
     assert synthetic.synthetic_model("small", tmp_path / "cache") == made
+    assert capsys.readouterr().err == ""  # nothing was written
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == before
 
     def fail(*_):

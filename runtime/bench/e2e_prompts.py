@@ -3,8 +3,8 @@
 Owns how they are cut from the shipped texts. Knows nothing of who answers them.
 """
 
-import itertools
 import json
+import math
 from pathlib import Path
 
 from onecast.runtime import demo
@@ -16,25 +16,21 @@ LEAST, MOST = 24, 40  # tokens of a prompt
 def make_prompts(
     tokenizer: Tokenizer, count: int, least: int = LEAST, most: int = MOST
 ) -> list[tuple[int, ...]]:
-    """`count` prompts of `least` to `most` tokens, no two of them with the same beginning.
+    """`count` prompts of `least` to `most` tokens, each beginning at a place of its own.
 
-    Windows of the shipped texts, one after the other, each beginning a little later than the one
-    before; where the texts are at their end they begin again, at another token.
+    Windows of the shipped texts, each beginning half a window after the one before; where the texts
+    are at their end they begin again, between the beginnings so far.
     """
     tokens = tokenizer.encode(_texts(), add_special_tokens=False)
     stride = most // 2 + 1
+    while math.gcd(stride, len(tokens)) > 1:  # else it would come back to where it began
+        stride += 1
+    endless = tokens + tokens[:most]
     windows = []
-    starts: set[int] = set()
-    start = 0
     for number in range(count):
-        while start in starts:
-            start = (start + 1) % len(tokens)
-        starts.add(start)
-        if len(starts) == len(tokens):
-            starts.clear()
+        start = number * stride % len(tokens)
         length = least + number * 7 % (most - least + 1)
-        windows.append(tuple(itertools.islice(itertools.cycle(tokens[start:] + tokens), length)))
-        start = (start + stride) % len(tokens)
+        windows.append(tuple(endless[start : start + length]))
     return windows
 
 
