@@ -289,6 +289,7 @@ def _rank_main(
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
+            _meet(store, world_size)
             message = pickle.dumps(("returned", function(rank, *args)))
         except BaseException:
             pipe.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
@@ -298,6 +299,13 @@ def _rank_main(
         if dist.is_initialized():
             dist.destroy_process_group()
         faulthandler.unregister(signal.SIGUSR1)
+
+
+def _meet(store: Any, world_size: int) -> None:
+    """Wait until every rank has connected: one that fails at once must not be a peer's failure."""
+    if store.add("onecast/joined", 1) == world_size:
+        store.set("onecast/all joined", b"")
+    store.wait(["onecast/all joined"])
 
 
 def _leave_with_parent() -> None:
