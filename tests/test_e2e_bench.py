@@ -29,6 +29,7 @@ from onecast.runtime.bench.e2e_rows import (
 )
 from onecast.runtime.bench.e2e_run import Case, DriverTurn, Plan, Turn, drive, make_engine
 from onecast.runtime.bench.e2e_steps import DRIVER_PHASES, WORKER_PHASES, steps_of
+from onecast.runtime.bench.e2e_telemetry import ToggledTurn
 from onecast.runtime.bench.figures import holds
 from onecast.runtime.model_config import ModelConfig
 from onecast.runtime.observer import NullObserver
@@ -141,6 +142,14 @@ def test_phases_and_the_broadcast_are_within_the_step(report):
             all_reduce = rows[2, 8, name, rank, "all-reduce us"]["median"]
             assert 0 < all_reduce < rows[2, 8, name, rank, "forward us"]["p99"]
         assert 0 < rows[2, 8, name, None, SHARE]["median"] < 1
+
+
+def test_with_telemetry_everything_is_recorded_and_without_nothing(report):
+    rows = rows_of(report)
+    forward = 1 + 2 * 4 + 1  # all-reduces and the gather of four layers
+    phases = 6
+    assert rows[2, 8, SHM, None, e2e_report.RECORDS_ON]["median"] > forward + phases
+    assert rows[2, 8, SHM, None, e2e_report.RECORDS_OFF]["median"] == 0
 
 
 def test_timelines_show_steps_of_all_ranks_on_one_clock(report):
@@ -321,6 +330,23 @@ def test_a_turn_asks_for_greedy_tokens_whatever_they_mean_and_looks_nothing_up()
     }
 
 
+def test_telemetry_is_compared_in_pairs_and_targets_are_those_of_the_shipped_model():
+    def toggled(number, on, rate):
+        return ToggledTurn(8, number, on, [[1]] * 8, rate, [1.0], 0)
+
+    pairs = [(0, 90.0, 100.0), (1, 40.0, 50.0), (2, 990.0, 1000.0)]
+    telemetry = [
+        toggled(n, on, rate)
+        for n, *rates in pairs
+        for on, rate in zip((True, False), rates, strict=True)
+    ]
+    seen = e2e_report.Seen([], [(2, SHM, telemetry)], [])
+    for has_targets, target in ((True, ">= 0.99"), (False, "reported")):
+        (ratio,) = e2e_report.make_ratios(seen, has_targets)
+        assert ratio["name"] == "telemetry_on_vs_off_tokens" and ratio["target"] == target
+        assert ratio["value"] == 0.9 and ratio["spread"] == [0.9, 0.9]
+
+
 # ---- prompts and models
 
 
@@ -331,7 +357,7 @@ def test_prompts_differ_from_their_first_block_on_and_repeat_in_every_run():
     assert len({prompt[:16] for prompt in prompts}) == 300
     assert {len(prompt) for prompt in prompts} == set(range(LEAST, MOST + 1))
     for most in range(MOST, MOST + 12):
-        assert len({prompt[:LEAST] for prompt in make_prompts(tokenizer, 300, most=most)}) == 300
+        assert len({prompt[:LEAST] for prompt in make_prompts(tokenizer, 1000, most=most)}) == 1000
     text = tokenizer.decode(prompts[0])
     assert text.startswith("In the beginning")
 

@@ -32,6 +32,7 @@ from .terminal import make_figure_table, open_console, short
 
 ON, OFF = f"{TOKENS_PER_S}, telemetry on", f"{TOKENS_PER_S}, telemetry off"
 ON_VS_OFF = f"{TOKENS_PER_S}, on vs off"
+RECORDS_ON, RECORDS_OFF = "records/step, telemetry on", "records/step, telemetry off"
 STEP_ON, STEP_OFF = f"{STEP}, telemetry on", f"{STEP}, telemetry off"
 
 _TP, _BATCH = 2, 8  # of the figures
@@ -54,7 +55,10 @@ def _telemetry_rows(launches: Sequence[tuple[int, str, list[ToggledTurn]]]) -> l
     for tp, channel, turns in launches:
         for turn in turns:
             metric = STEP_ON if turn.on else STEP_OFF
-            values.setdefault((Case(tp, turn.batch, channel), metric), []).append(turn.steps_us)
+            case = Case(tp, turn.batch, channel)
+            values.setdefault((case, metric), []).append(turn.steps_us)
+            metric = RECORDS_ON if turn.on else RECORDS_OFF
+            values.setdefault((case, metric), []).append([turn.records])
         pairs: dict[tuple[int, int], dict[bool, float]] = {}
         for turn in turns:
             pairs.setdefault((turn.batch, turn.round), {})[turn.on] = turn.tokens_per_s

@@ -49,6 +49,7 @@ class ToggledTurn(NamedTuple):
     tokens: list[list[int]]
     tokens_per_s: float
     steps_us: list[float]
+    records: float  # that rank 0 began to write, a step
 
 
 def launch(tp: int, channel: str, plan: Plan) -> list[ToggledTurn]:
@@ -141,10 +142,12 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
                     if rank != 0:
                         steps[on] = _follow(way, steps[on])
                         continue
+                    before = session.num_records
                     driver = drive(engines[on], way.channel, prompts[:batch], drawn)
+                    records = (session.num_records - before) / len(driver.steps)
                     way.channel.end_turn()
                     if number >= 0:
-                        turns.append(_turn(batch, number, on, driver))
+                        turns.append(_turn(batch, number, on, driver, records))
         over = True
     finally:
         toggle.switch(True)
@@ -156,14 +159,14 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
     return turns
 
 
-def _turn(batch: int, number: int, on: bool, driver: DriverTurn) -> ToggledTurn:
+def _turn(batch: int, number: int, on: bool, driver: DriverTurn, records: float) -> ToggledTurn:
     batch_size = len(driver.tokens)
     steps_us = [
         (end - begin) / 1e3
         for (begin, end), published in zip(driver.steps, driver.published, strict=True)
         if published.tokens == batch_size  # decodes
     ]
-    return ToggledTurn(batch, number, on, driver.tokens, driver.tokens_per_s, steps_us)
+    return ToggledTurn(batch, number, on, driver.tokens, driver.tokens_per_s, steps_us, records)
 
 
 def _follow(way: _Way, step: int) -> int:
