@@ -51,7 +51,7 @@ class Amount(NamedTuple):
 
 
 QUICK = Amount(launches=1, rounds=1, drawn=24, telemetry_rounds=4, steps=25, batches=(1, 8, 64))
-FULL = Amount(launches=3, rounds=5, drawn=48, telemetry_rounds=20, steps=75)
+FULL = Amount(launches=3, rounds=4, drawn=48, telemetry_rounds=16, steps=75)
 
 
 class Chosen(NamedTuple):
