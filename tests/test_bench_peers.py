@@ -2,9 +2,13 @@
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from stand_in_queue import install
 
 from onecast.runtime import demo
@@ -85,6 +89,19 @@ def test_rows_say_cores_and_spread_and_where_tokens_differ():
     assert (row["processes"], row["cores"]) == (2, 2)
     assert row["equal"] == {"sequences": 2, "of": 2, "first_difference": None}
     assert rows["transformers", "generate", 2]["cores"] == 2
+
+
+def test_tensors_or_the_same_values_as_arrays_are_put_into_a_queue(monkeypatch):
+    queue = SimpleNamespace(MessageQueue=SimpleNamespace(create_from_process_group=lambda *_: None))
+    monkeypatch.setitem(sys.modules, MODULES["vllm"], queue)
+    mapping = {"step": 3, "input_ids": torch.arange(4)}
+    tensors, arrays = (
+        peer_queues.QueueMethod(Way("vllm", how), group=None).prepare(mapping)
+        for how in (TENSORS, ARRAYS)
+    )
+    assert tensors == mapping
+    assert isinstance(arrays["input_ids"], np.ndarray)
+    assert (arrays["step"], arrays["input_ids"].tolist()) == (3, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("peer", MODULES)

@@ -22,6 +22,7 @@ CHANNELS = {
     "process-group": (120.0, 1.0),
     "shared-memory": (12.0, 0.0),
 }
+MISSED = "a_figure_of_which_the_name_is_wider_than_a_telephone_is"
 TPS, BATCHES = (1, 2, 4), (1, 8, 32, 64, 128)
 
 
@@ -139,7 +140,7 @@ def make_report():
             {"what": "metadata of a further tensor, bytes", "before": 120, "after": 52,
              "ours": {"process-group": 2.25}}]},
         "ratios": [make_figure("e2e_fused_vs_two_broadcast_tp2", ">= 1.3", 1.42, [1.35, 1.6]),
-                   make_figure("broadcast_share_of_step_shm", "<= 0.02", 0.031, [0.03, 0.04]),
+                   make_figure(MISSED, "<= 0.02", 0.031, [0.03, 0.04]),
                    make_figure("cost_model_median_error", "reported", 0.05, [0.05, 0.05])],
     }))  # fmt: skip
 
@@ -175,7 +176,7 @@ def test_the_original_change_stands_beside_ours(report):
 
 def test_a_target_that_is_missed_is_shown_as_missed(report):
     page = make_page(report)
-    assert "1 of 2 targets are met. Missed: broadcast_share_of_step_shm." in plain(page)
+    assert f"1 of 2 targets are met. Missed: {MISSED}." in plain(page)
     assert page.count('<td class="bad">missed</td>') == 1
     assert "e2e_fused_vs_two_broadcast_tp2 1.42 1.35 to 1.60 &gt;= 1.3 met" in plain(page)
 
