@@ -53,11 +53,12 @@ lint: install ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## measure the step broadcast, telemetry, block moves and the loop (ARGS="--quick")
+bench: install ## measure everything that is claimed here (ARGS="--quick")
 	$(BIN)/onecast bench comm $(ARGS)
 	$(BIN)/onecast bench telemetry $(ARGS)
 	$(BIN)/onecast bench blocks $(ARGS)
 	$(BIN)/onecast bench step $(ARGS)
+	$(BIN)/onecast bench e2e $(ARGS)
 
 # No set-up: it is for machines that have torch and no network.
 gpu-check: ## the tests and benchmarks that need a GPU (ARGS="--json FILE")
