@@ -23,6 +23,7 @@ PAGE = mmap.PAGESIZE
 _KEY = slice(0, 8)
 _PUNCH_HOLE = 0x02 | 0x01  # and keep the size
 _POPULATE_BYTES = 64 << 20  # larger areas are mapped page by page, on first use
+_ASK_FIRST_BYTES = 64 << 20
 
 
 class Segment:
@@ -65,6 +66,11 @@ class Segment:
     def extend(self, nbytes: int) -> int:
         """Add `nbytes` of reserved memory; where they begin. Raises CannotShare."""
         size = os.fstat(self.fd).st_size
+        # The kernel grants a memory file all there is, and then kills whoever it likes.
+        if nbytes >= _ASK_FIRST_BYTES and nbytes > (available := _available_bytes()):
+            raise CannotShare(
+                f"{nbytes:,} bytes of shared memory cannot be had: {available:,} are available"
+            )
         try:
             os.posix_fallocate(self.fd, size, nbytes)
         except OSError as error:
@@ -102,3 +108,10 @@ class Segment:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _available_bytes() -> int:
+    """Memory that the kernel says it can give without taking it from anyone."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -269,3 +269,16 @@ def test_a_fence_can_be_called_on_any_machine(monkeypatch, machine, weak):
     for _ in range(100):
         fence()
         another()
+
+
+def test_more_memory_than_there_is_is_refused_and_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("onecast.comm.segment._available_bytes", lambda: 100 << 20)
+    with pytest.raises(CannotShare, match=r"134,217,728 bytes .* 104,857,600 are available"):
+        Segment.create(128 << 20)
+    segment = Segment.create(PAGE)
+    with pytest.raises(CannotShare, match="are available"):
+        segment.extend(128 << 20)
+    assert segment.reserved == PAGE
+    segment.close()
