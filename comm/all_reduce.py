@@ -13,6 +13,7 @@ import math
 import weakref
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -58,10 +59,25 @@ class ProcessGroupAllReduce:
         self._group = weakref.ref(group)  # it must go when it is destroyed
 
     def all_reduce(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self._group())
+        reduce_through_group(tensor, self._group())
 
     def close(self) -> None:
         """There is nothing to give back."""
+
+
+def reduce_through_group(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """`dist.all_reduce`, whatever the strides: Gloo sums views with gaps wrongly."""
+    if not _is_dense_on_cpu(tensor) or (tensor.is_contiguous() and not tensor.is_neg()):
+        dist.all_reduce(tensor, group=group)
+        return
+    with torch.inference_mode():
+        total = tensor.detach().resolve_neg().contiguous()
+        dist.all_reduce(total, group=group)
+        tensor.detach().copy_(total)
+
+
+def _is_dense_on_cpu(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def open_all_reduce(
@@ -91,8 +107,8 @@ def open_all_reduce(
         raise ValueError(f"transport is {transport!r}; there are: {', '.join(TRANSPORTS)}")
     if not 0 < timeout_s < math.inf:
         raise ValueError(f"timeout_s is {timeout_s}, it must be above 0 and finite")
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes is {max_bytes}, it must be at least 1")
+    if type(max_bytes) is not int or not 1 <= max_bytes < 1 << 62:
+        raise ValueError(f"max_bytes is {max_bytes!r}, it must be an int of at least 1")
     Cadence(spin)  # refuses a share that cannot be before any rank has opened anything
     group = check_group(group)
     meet = meeting_place(group)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .all_reduce import reduce_through_group
 from .dtypes import TENSOR_DTYPES
 from .endpoint import at_end_of
 from .errors import (
@@ -194,7 +195,7 @@ class SharedMemoryAllReduce:
         except BaseException as error:
             self._failed(error, 0)
             raise
-        dist.all_reduce(tensor, group=self._group)
+        reduce_through_group(tensor, self._group)
 
     def _compare(self, brought: int, turn: int) -> None:
         """Raise Mismatch, on all ranks, unless all have brought the same."""

@@ -386,6 +386,8 @@ def disagree(rank: int) -> list[str]:
         {"timeout_s": 0},
         {"max_bytes": 0},
         {"spin": 2},
+        {"max_bytes": 1.5},
+        {"max_bytes": 1 << 70},
         {"max_bytes": 1000 + rank},
         {"transport": ("auto", "process-group")[rank]},
     ):
@@ -400,8 +402,27 @@ def test_what_cannot_be_or_differs_is_refused_by_value() -> None:
     assert texts == others
     assert "'telepathy'" in texts[0] and "shared-memory" in texts[0]
     assert "timeout_s is 0" in texts[1] and "max_bytes is 0" in texts[2] and "spin is 2" in texts[3]
-    assert texts[4] == "the ranks disagree about max_bytes: {0: 1000, 1: 1001}"
-    assert "transport" in texts[5] and "{0: 0, 1: 2}" in texts[5]
+    assert "max_bytes is 1.5" in texts[4] and "max_bytes is 1180591620717411303424" in texts[5]
+    assert texts[6] == "the ranks disagree about max_bytes: {0: 1000, 1: 1001}"
+    assert "transport" in texts[7] and "{0: 0, 1: 2}" in texts[7]
+
+
+def sum_with_gaps(rank: int) -> list[tuple[list[float], list[float]]]:
+    sums = []
+    for options in ({"max_bytes": 16}, {"transport": "process-group"}):
+        reducer = open_all_reduce(**options)
+        gaps = torch.arange(20, dtype=torch.float32)[::2]
+        reducer.all_reduce(gaps)
+        negated = torch._neg_view(torch.ones(10))
+        reducer.all_reduce(negated)
+        sums.append((gaps.tolist(), negated.tolist()))
+        reducer.close()
+    return sums
+
+
+def test_views_with_gaps_are_summed_alike_by_the_group() -> None:
+    expected = ([4.0 * number for number in range(10)], [-2.0] * 10)
+    assert run_ranks(sum_with_gaps, 2) == [[expected, expected]] * 2
 
 
 class Told:

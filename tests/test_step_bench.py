@@ -167,6 +167,15 @@ def test_every_benchmark_that_the_command_names_is_there():
         assert ended.value.code == 0
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "missing" / "report.json", ""):
+        for name in cli.BENCHES:
+            with pytest.raises(SystemExit) as ended:
+                cli.main(["bench", name, "--quick", "--json", str(path)])
+            assert ended.value.code == 2
+            assert "no file can be made at" in capsys.readouterr().err
+
+
 class Worker:
     def work(self, seconds):
         time.sleep(seconds)
