@@ -35,16 +35,20 @@ def share(
     """The segment that `writer`, a rank of this host, has made.
 
     Every rank of the group must call this. Raises CannotShare on all of them, with the reasons, if
-    any rank could not make or attach its segment.
+    any rank could not make or attach its segment; where `make` raised something that is no matter
+    of memory, the writer raises that.
     """
     is_writer = peers.own.rank == writer
     segment: Segment | None = None
+    unforeseen: Exception | None = None
     reason = unsupported()
     if is_writer and reason is None:
         try:
             segment = make()
         except (OSError, CannotShare) as error:
             reason = str(error)
+        except Exception as error:  # told first: the readers would wait for it
+            reason, unforeseen = f"{type(error).__name__}: {error}", error
     told = [segment.fd, segment.key] if segment is not None else [-1, 0]
     table = dict(
         zip(peers.ranks, _gather(group, peers, torch.tensor(told, device="cpu")), strict=True)
@@ -59,6 +63,8 @@ def share(
     if failed:
         if segment is not None:
             segment.close()
+        if unforeseen is not None:
+            raise unforeseen
         raise CannotShare("the ranks cannot share memory: " + "; ".join(failed))
     assert segment is not None
     return segment

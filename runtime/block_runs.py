@@ -17,6 +17,11 @@ from .block_mover import Pairs
 Run: TypeAlias = tuple[int, int, int]
 Column: TypeAlias = Sequence[int]
 
+_INTEGERS = frozenset(
+    {torch.int8, torch.int16, torch.int32, torch.int64}
+    | {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+)
+_MOST = 2**63 - 1
 _FEW_PAIRS = 64  # up to here loops are faster than numpy's calls, the more so from cold caches
 
 
@@ -24,17 +29,23 @@ def host_pairs(pairs: Any) -> Pairs:
     """Pairs as int64 `[n, 2]`, contiguous, in host memory; of what has that already, a view.
 
     `pairs` is a list of pairs, a numpy array or a torch tensor on any device. Raises ValueError
-    where the shape or the kind of number is another.
+    where the shape or the kind of number is another, or a number is no int64.
     """
     if isinstance(pairs, torch.Tensor):
+        if pairs.dtype not in _INTEGERS:
+            raise _no_pairs(pairs.dtype, pairs.shape)
         pairs = (pairs if pairs.is_cpu else pairs.cpu()).numpy()
     elif not isinstance(pairs, np.ndarray):
         pairs = np.array(pairs) if len(pairs) else np.empty((0, 2), np.int64)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
-        raise ValueError(
-            f"pairs of blocks are {pairs.dtype} {list(pairs.shape)}; they must be integers [n, 2]"
-        )
+        raise _no_pairs(pairs.dtype, pairs.shape)
+    if pairs.dtype == np.uint64 and pairs.size and pairs.max() > _MOST:
+        raise ValueError(f"block {pairs.max()} is above {_MOST}, the largest int64")
     return np.ascontiguousarray(pairs, dtype=np.int64)
+
+
+def _no_pairs(dtype: object, shape: Sequence[int]) -> ValueError:
+    return ValueError(f"pairs of blocks are {dtype} {list(shape)}; they must be integers [n, 2]")
 
 
 def check_range(kind: str, pairs: Pairs, num_sources: int, num_destinations: int) -> None:

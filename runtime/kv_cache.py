@@ -30,12 +30,20 @@ _NO_PAIRS: Pairs = np.empty((0, 2), np.int64)
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """What a model keeps per token; `num_kv_heads` are those of this rank."""
+    """What a model keeps per token; `num_kv_heads` are those of this rank.
+
+    Raises ValueError where a number is not positive.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} {value} of a KV cache is less than 1")
 
 
 class KVCache:
@@ -179,8 +187,12 @@ class KVCache:
         self._mover.close()
 
     def _checked(self, kind: str, pairs: Any) -> Pairs:
-        # The length of a tensor's shape, not of the tensor: that takes a detour through Python.
-        if not (pairs.shape[0] if isinstance(pairs, Tensor) else len(pairs)):
+        # A tensor of 0 dimensions has no length, and the length of others takes a detour.
+        if isinstance(pairs, Tensor):
+            size = pairs.numel()
+        else:
+            size = pairs.size if isinstance(pairs, np.ndarray) else len(pairs)
+        if not size:
             return _NO_PAIRS
         checked = host_pairs(pairs)
         check_range(kind, checked, *self._limits[kind])

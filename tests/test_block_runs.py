@@ -129,6 +129,9 @@ def test_pairs_that_are_right_already_are_not_copied() -> None:
         ([(1, 2, 3)], "int64 [1, 3]; they must be integers [n, 2]"),
         ([(1.0, 2.0)], "float64 [1, 2]; they must be integers [n, 2]"),
         (torch.zeros(3, 2), "float32 [3, 2]; they must be integers [n, 2]"),
+        (torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True), "bfloat16 [3, 2]; they must"),
+        (torch.tensor(3), "int64 []; they must be integers [n, 2]"),
+        (np.array([[0, 2**64 - 1]], np.uint64), "block 18446744073709551615 is above 922337"),
     ],
 )
 def test_what_is_no_list_of_pairs_is_refused_with_its_shape(wrong: Any, message: str) -> None:

@@ -204,6 +204,23 @@ def test_a_block_outside_its_pool_is_an_error_before_anything_moves(
 
 
 @pytest.mark.parametrize(
+    "wrong", [torch.tensor(3), np.array(3), torch.zeros(2, 2, dtype=torch.bfloat16)]
+)
+def test_what_is_no_list_of_pairs_is_refused_by_every_move(wrong: Any) -> None:
+    cache = make_cache()
+    for move in (cache.swap_out, cache.swap_in, cache.copy):
+        with pytest.raises(ValueError, match=r"they must be integers \[n, 2\]"):
+            move(wrong)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_kv_heads", "head_dim"])
+def test_a_cache_of_nothing_is_refused_by_name(name: str) -> None:
+    numbers = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, name: 0}
+    with pytest.raises(ValueError, match=f"{name} 0 of a KV cache is less than 1"):
+        CacheSpec(**numbers, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
     ("sizes", "message"),
     [
         ({"num_blocks": 0}, "num_blocks 0 is less than 1"),

@@ -558,6 +558,20 @@ def what_one_rank_cannot_do_is_told_to_all(rank: int) -> None:
             channel.close()
 
 
+def an_unforeseen_error_of_the_writer_strands_nobody(rank: int) -> None:
+    def broken(num_readers: int) -> Any:
+        raise KeyError("unforeseen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "make_ring_segment", broken)
+        expected: type[Exception] = KeyError if rank == 0 else CannotShare
+        with pytest.raises(expected, match=r"^'unforeseen'|rank 0: KeyError: 'unforeseen'"):
+            SharedMemoryChannel()
+    channel = open_channel()
+    assert exchange(channel, {"a": 1}).mapping == {"a": 1}
+    channel.close()
+
+
 def refuse_to_create(name: str, flags: int) -> int:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -591,6 +605,7 @@ def futexes_are_there(rank: int) -> None:
 
 HEALTHY: list[Callable[[int], Any]] = [
     futexes_are_there,
+    an_unforeseen_error_of_the_writer_strands_nobody,
     the_source_runs_ahead,
     a_full_ring_is_waited_for_and_says_for_whom,
     a_frame_that_is_held_keeps_its_slot,
