@@ -22,30 +22,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, silu
 
 from .attention import AttentionStep
 from .kv_cache import CacheSpec, KVCache
 from .layers import Rotary, rms_norm, rotate
 from .model_config import ModelConfig
+from .projection import Projection
 from .weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """This rank's weights of one layer. Matrices are `[out_features, in_features]`."""
+    """This rank's weights of one layer."""
 
     input_norm: Tensor
-    qkv: Tensor  # query rows of this rank's heads, then key rows, then value rows
-    qkv_bias: Tensor | None
+    qkv: Projection  # query rows of this rank's heads, then key rows, then value rows
     qk_norm: Tensor | None  # [heads + kv heads, head_dim]
-    output: Tensor
-    output_bias: Tensor | None  # on rank 0 only: the sum over ranks must hold it once
+    output: Projection  # its bias on rank 0 only: the sum over ranks must hold it once
     mlp_norm: Tensor
-    gate_up: Tensor  # gate rows, then up rows
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None  # on rank 0 only
+    gate_up: Projection  # gate rows, then up rows
+    down: Projection  # its bias on rank 0 only
 
 
 class LlamaModel:
@@ -88,11 +85,9 @@ class LlamaModel:
             for number in range(config.num_layers)
         ]
         self._norm = weights.whole("model.norm.weight")
-        self._head = (
-            self._embedding
-            if config.tie_word_embeddings
-            else self._read_vocabulary(weights, "lm_head.weight")
-        )
+        tied = config.tie_word_embeddings
+        head = self._embedding if tied else self._read_vocabulary(weights, "lm_head.weight")
+        self._head = Projection(head, shared=tied)
 
     def collectives_per_forward(self) -> dict[str, int]:
         """How often `forward` calls each collective, as torch.distributed names them."""
@@ -111,11 +106,11 @@ class LlamaModel:
             normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
             hidden += self._attend(number, layer, normed, angles, attention)
             normed = rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps)
-            gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            hidden += self._sum(linear(silu(gate).mul_(up), layer.down, layer.down_bias))
+            gate, up = layer.gate_up(normed).chunk(2, -1)
+            hidden += self._sum(layer.down(silu(gate).mul_(up)))
         hidden = hidden.index_select(0, inputs["logits_indices"].to(device))
         hidden = rms_norm(hidden, self._norm, config.rms_norm_eps)
-        return self._gather_logits(linear(hidden, self._head))
+        return self._gather_logits(self._head(hidden))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._tp == 1:
@@ -134,7 +129,7 @@ class LlamaModel:
         attention: AttentionStep,
     ) -> Tensor:
         num_rotated = self._num_heads + self._num_kv_heads
-        qkv = linear(hidden, layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(hidden)
         qkv = qkv.view(hidden.shape[0], -1, self.config.head_dim)
         query_key, value = qkv[:, :num_rotated], qkv[:, num_rotated:]
         if layer.qk_norm is not None:
@@ -142,7 +137,7 @@ class LlamaModel:
         query_key = rotate(query_key, *angles)
         query, key = query_key[:, : self._num_heads], query_key[:, self._num_heads :]
         attended = attention.attend(number, query, key, value)
-        return self._sum(linear(attended, layer.output, layer.output_bias))
+        return self._sum(layer.output(attended))
 
     def _sum(self, partial: Tensor) -> Tensor:
         """The sum over the ranks of the group, in place."""
@@ -200,16 +195,20 @@ class LlamaModel:
             )
         return _Layer(
             input_norm=weights.whole(f"{prefix}input_layernorm.weight"),
-            qkv=merged("weight", *qkv),
-            qkv_bias=merged("bias", *qkv) if config.qkv_bias else None,
+            qkv=Projection(
+                merged("weight", *qkv), merged("bias", *qkv) if config.qkv_bias else None
+            ),
             qk_norm=qk_norm,
-            output=weights.columns(f"{attention}o_proj.weight", *query),
-            output_bias=(
-                weights.whole(f"{attention}o_proj.bias") if config.output_bias and first else None
+            output=Projection(
+                weights.columns(f"{attention}o_proj.weight", *query),
+                weights.whole(f"{attention}o_proj.bias") if config.output_bias and first else None,
             ),
             mlp_norm=weights.whole(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=merged("weight", *gate_up),
-            gate_up_bias=merged("bias", *gate_up) if config.mlp_bias else None,
-            down=weights.columns(f"{mlp}down_proj.weight", *intermediate),
-            down_bias=weights.whole(f"{mlp}down_proj.bias") if config.mlp_bias and first else None,
+            gate_up=Projection(
+                merged("weight", *gate_up), merged("bias", *gate_up) if config.mlp_bias else None
+            ),
+            down=Projection(
+                weights.columns(f"{mlp}down_proj.weight", *intermediate),
+                weights.whole(f"{mlp}down_proj.bias") if config.mlp_bias and first else None,
+            ),
         )
