@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .config import add_run_options, run_config
+from .nodes import add_node_options, nodes_of
 
 BENCHES = ("comm", "telemetry", "blocks", "step", "e2e")
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Answer an OpenAI batch file (JSONL) with a Hugging Face model directory.",
     )
     add_run_options(generate)
+    add_node_options(generate)
     demo = commands.add_parser(
         "demo",
         help="answer the shipped batch with the shipped checkpoint",
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.trace = None
         from .launch import launch  # torch: not needed to answer --help
 
-        return launch(run_config(options))
+        return launch(run_config(options), nodes_of(options))
     except (ValueError, OSError) as error:
         print(f"onecast: {error}", file=sys.stderr)
         return 2

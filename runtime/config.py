@@ -46,6 +46,7 @@ class RunConfig:
     resume: bool = False
     overwrite: bool = False
     timeout_s: float = 120.0
+    join_timeout_s: float = 600.0
     no_telemetry: bool = False
     metrics_host: str | None = None  # None, here and below: as the environment says
     metrics_port: int | None = None
@@ -78,6 +79,10 @@ class RunConfig:
             )
         return self.max_model_len
 
+    def resumed(self) -> "RunConfig":
+        """What a run goes on with when its ranks are started again: nothing done is done twice."""
+        return dataclasses.replace(self, resume=True, overwrite=False)
+
     def to_argv(self) -> list[str]:
         """The options that make an equal configuration, for the worker processes."""
         argv: list[str] = []
@@ -100,11 +105,21 @@ _LEAST: dict[str, float] = {
     "max_model_len": 1,
     "spin": 0,
     "timeout_s": 1,
+    "join_timeout_s": 1,
     "metrics_port": 0,
     "show": 0,
 }
 
-_MOST: dict[str, float] = {"spin": 1, "timeout_s": 7 * 24 * 3600, "metrics_port": 65535}
+_MOST: dict[str, float] = {
+    "spin": 1,
+    "timeout_s": 7 * 24 * 3600,
+    "join_timeout_s": 7 * 24 * 3600,
+    "metrics_port": 65535,
+    # Beyond any model's context, and what arrays of a step can be made for.
+    "block_size": 2**20,
+    "max_batch_tokens": 2**24,
+    "max_batch_size": 2**20,
+}
 
 
 def _flag(name: str) -> str:
@@ -167,6 +182,12 @@ def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     switch("resume", "keep the results that are there and finish the rest")
     switch("overwrite", "replace an existing output file")
     option("timeout_s", "longest wait for another rank, in seconds (%(default)s)", type=float)
+    option(
+        "join_timeout_s",
+        "longest wait for the ranks of other nodes to come, at the beginning and after a restart "
+        "(%(default)s)",
+        type=float,
+    )
     switch("no_telemetry", "measure nothing")
     option("metrics_host", "address to serve /metrics on (127.0.0.1)", metavar="HOST")
     option("metrics_port", "port to serve /metrics on; 0: any free one (0)", type=int)
@@ -193,6 +214,11 @@ class RankEnvironment:
     run_dir: str | None  # shared-memory directory to be made, as the launcher of `onecast` says
     launcher_pid: int | None  # the launcher of `onecast`, this process's parent
     several_ranks_per_gpu: bool
+    master_addr: str = ""  # of the store in which ranks meet
+    master_port: int = 0
+    agent_store: bool = False  # the store is the launcher's; else rank 0 makes it
+    restart_count: int = 0  # how often the launcher of this node has started its ranks again
+    max_restarts: int = 0
 
     @property
     def launched_by_onecast(self) -> bool:
@@ -224,6 +250,11 @@ def rank_environment() -> RankEnvironment:
         if LAUNCHER_PID_VARIABLE in environ
         else None,
         several_ranks_per_gpu=several_ranks_per_gpu(),
+        master_addr=environ.get("MASTER_ADDR", ""),
+        master_port=int(environ.get("MASTER_PORT", "0")),
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        restart_count=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        max_restarts=int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")),
     )
 
 

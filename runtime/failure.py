@@ -5,7 +5,8 @@ Owns the choice of the root cause among failures and its sentence. Knows nothing
 When one rank goes, the others fail too: they lose their connection to it, and those that still
 wait are ended by the agent. So, most telling first:
 
-    its own error           an exception that is no lost connection; a time-out is one
+    its own error           an exception that is no lost connection; a time-out is one, and a node
+                            that cannot be reached
     killed by a signal      but not by SIGTERM, which is how the agent ends ranks
     ended by SIGTERM
     lost a peer             an exception that only says that another rank has gone
@@ -55,7 +56,9 @@ def _suspicion(item: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
 
 
 def _lost_peer(text: str) -> bool:
-    return not _timed_out(text) and any(words in text for words in (*_LOST, *_LOST_NCCL))
+    if text.startswith("NodeLost") or _timed_out(text):
+        return False
+    return any(words in text for words in (*_LOST, *_LOST_NCCL))
 
 
 def _timed_out(text: str) -> bool:

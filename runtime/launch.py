@@ -1,7 +1,8 @@
 """Starts the ranks of a run on this host, waits for them, and says in one message how it ended.
 
-Owns the use of torch's elastic launcher. What is checked before is in `preflight.py`, who broke a
-run in `failure.py`. Knows nothing of what ranks do.
+Owns the use of torch's elastic launcher, and the end of it: nothing of a run stays, however often
+it is asked to stop. Where nodes meet is in `nodes.py`, what is checked before in `preflight.py`,
+who broke a run in `failure.py`. Knows nothing of what ranks do.
 """
 
 import logging
@@ -10,22 +11,36 @@ import shutil
 import signal
 import sys
 import tempfile
-import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .batch_file import count_complete, count_lines
 from .config import LAUNCHER_PID_VARIABLE, RUN_DIR_VARIABLE, RunConfig
 from .failure import root_cause
+from .nodes import Nodes
 from .preflight import check, check_port
 from .wiring import name_run_directory, remove_run_directory, telemetry_settings
 
+_WORKER = "onecast.runtime.worker"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # the elastic launcher's
 
-def launch(config: RunConfig) -> int:
-    """Run `config.tp` ranks to their end; returns the exit status and prints why if it is not 0."""
-    check(config, tp=config.tp, local_ranks=config.tp)
+
+def launch(config: RunConfig, nodes: Nodes | None = None) -> int:
+    """Run this node's share of `config.tp` ranks to their end; by default that is all of them.
+
+    Returns the exit status and prints why if it is not 0.
+    """
+    nodes = nodes or Nodes()
+    local_ranks = nodes.ranks_per_node(config.tp)
+    check(config, tp=config.tp, local_ranks=local_ranks, with_files=nodes.may_have_rank_0)
     if not config.no_telemetry:
         settings = telemetry_settings(config)
         if settings.metrics_port is not None:
@@ -35,26 +50,35 @@ def launch(config: RunConfig) -> int:
     os.environ[RUN_DIR_VARIABLE] = run_directory
     os.environ[LAUNCHER_PID_VARIABLE] = str(os.getpid())
     # As torchrun does, but a share of the cores instead of one: CPU ranks compute.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.tp)))
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
     # The agent's own report of a failure is a page long; ours is one sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     launcher = elastic_launch(
         LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=config.tp,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
+            nproc_per_node=local_ranks,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=log_directory),
+            **nodes.rendezvous(config.join_timeout_s),
         ),
         sys.executable,
     )
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        launcher("-P", "-m", "onecast.runtime.worker", *config.to_argv())
+        return _run(config, launcher)
+    finally:
+        with _impatience() as hurry:
+            _end_ranks()
+            del os.environ[RUN_DIR_VARIABLE], os.environ[LAUNCHER_PID_VARIABLE]
+            remove_run_directory(run_directory, hurry)
+            shutil.rmtree(log_directory, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(config: RunConfig, launcher: elastic_launch) -> int:
+    try:
+        launcher("-P", "-m", _WORKER, *config.to_argv())
         return 0
     except ChildFailedError as error:
         cause, resumable = root_cause(error.failures)
@@ -64,10 +88,32 @@ def launch(config: RunConfig) -> int:
         name = signal.Signals(stopped.sigval).name
         print(f"onecast: stopped by {name}{_progress(config)}", file=sys.stderr)
         return 128 + stopped.sigval
-    finally:
-        del os.environ[RUN_DIR_VARIABLE], os.environ[LAUNCHER_PID_VARIABLE]
-        remove_run_directory(run_directory)
-        shutil.rmtree(log_directory)
+    except (RendezvousError, DistError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        print(f"onecast: the nodes did not meet: {why}{_progress(config)}", file=sys.stderr)
+        return 1
+
+
+@contextmanager
+def _impatience() -> Iterator[Callable[[], bool]]:
+    """Signals shorten what is done in here, and break nothing; gives whether one has come."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    for number in _SIGNALS:
+        signal.signal(number, note)
+    yield lambda: bool(asked)
+
+
+def _end_ranks() -> None:
+    """Those that are still there: a second signal ends the elastic launcher while it ends them."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    for child in children.read_text().split() if children.exists() else ():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if _WORKER.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+                os.kill(int(child), signal.SIGKILL)
 
 
 def _progress(config: RunConfig) -> str:

@@ -24,17 +24,18 @@ from .weights import check_checkpoint, weights_dtype
 _TRACE_START = b'{"traceEvents":'
 
 
-def check(config: RunConfig, tp: int, local_ranks: int) -> None:
+def check(config: RunConfig, tp: int, local_ranks: int, *, with_files: bool = True) -> None:
     """ValueError, in one line with the value and the limit, for a run that cannot work.
 
-    `tp` ranks in all, `local_ranks` of them on this host.
+    `tp` ranks in all, `local_ranks` of them on this host; `with_files` where input is read and
+    results are written, on rank 0's.
     """
     model = ModelConfig.from_dir(config.model)
     model.check_tensor_parallel(tp)
     tensors = check_checkpoint(config.model, model)
     Tokenizer(config.model)
     config.context_limit(model.max_position_embeddings)
-    _check_files(config)
+    _check_files(config, with_files)
     _check_gpus(config, local_ranks)
     device = torch.device(config.device)
     dtype = compute_dtype(config.dtype, model, device) or weights_dtype(tensors)
@@ -66,17 +67,11 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _check_files(config: RunConfig) -> None:
-    if config.input.exists() and not config.input.is_file():
-        raise ValueError(f"--input: {config.input} is not a regular file; ranks read it again")
-    count_lines(config.input)
-    _check_target("--output", config.output)
-    if _size(config.output) and not (config.resume or config.overwrite):
-        raise ValueError(
-            f"--output: {config.output} holds results already: --resume finishes that run, "
-            "--overwrite starts anew"
-        )
-    named = {"--input": config.input, "--output": config.output}
+def _check_files(config: RunConfig, with_files: bool) -> None:
+    named: dict[str, Path] = {}
+    if with_files:
+        _check_batch(config)
+        named = {"--input": config.input, "--output": config.output}
     if config.trace is not None:
         _check_target("--trace", config.trace)
         if _size(config.trace):
@@ -89,6 +84,18 @@ def _check_files(config: RunConfig) -> None:
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise ValueError(f"{option}: {path} is the file of {other}")
+
+
+def _check_batch(config: RunConfig) -> None:
+    if config.input.exists() and not config.input.is_file():
+        raise ValueError(f"--input: {config.input} is not a regular file; ranks read it again")
+    count_lines(config.input)
+    _check_target("--output", config.output)
+    if _size(config.output) and not (config.resume or config.overwrite):
+        raise ValueError(
+            f"--output: {config.output} holds results already: --resume finishes that run, "
+            "--overwrite starts anew"
+        )
 
 
 def _check_target(option: str, path: Path) -> None:

@@ -21,6 +21,7 @@ from .memory import block_counts
 from .model_config import ModelConfig
 from .model_runner import ModelRunner, load_model
 from .observer import Observer
+from .roll_call import Roll
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,10 @@ class Rank:
 
 @contextmanager
 def process_groups(
-    config: RunConfig, environment: RankEnvironment
+    config: RunConfig, environment: RankEnvironment, roll: Roll
 ) -> Iterator[tuple[torch.device, dist.ProcessGroup, dist.ProcessGroup]]:
-    """Join torch.distributed; gives the device, the model's group and the step broadcast's.
+    """Join torch.distributed, once all ranks are there; gives the device, the model's group and
+    the step broadcast's.
 
     Two groups of the same ranks: metrics and traces tell the step broadcast from the model's own
     collectives by their names.
@@ -50,6 +52,9 @@ def process_groups(
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         timeout=timeout,
+        store=roll.store,
+        rank=environment.rank,
+        world_size=environment.world_size,
         device_id=device if cuda else None,
     )
     model_group = dist.new_group(timeout=timeout, group_desc="tp")

@@ -7,6 +7,7 @@ that the ranks of a node meet in. Everything else sees the `Observer` protocol.
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,21 @@ from onecast.telemetry.run_end import leave_if_last
 
 from .config import RankEnvironment, RunConfig
 from .observer import NullObserver, Observer
+from .preflight import check_port
 
 _SIDECAR_END_S = 15.0  # a slow OTLP endpoint is given up before
+_NAME_CHARS = 64  # of the run's name, in what trace ids come from
 
 name_run_directory = name_run_dir
 
 
-def remove_run_directory(path: str) -> None:
-    """Wait until the sidecar has written everything and removed `path`; else end both."""
+def remove_run_directory(path: str, hurry: Callable[[], bool] = lambda: False) -> None:
+    """Wait until the sidecar has written everything and removed `path`; else end both.
+
+    `hurry` says that there is no time for it any more.
+    """
     deadline = time.monotonic() + _SIDECAR_END_S
-    while Path(path).exists() and _sidecars(path) and time.monotonic() < deadline:
+    while Path(path).exists() and _sidecars(path) and time.monotonic() < deadline and not hurry():
         time.sleep(0.05)
     if Path(path).exists():
         for pid in _sidecars(path):  # one that is stopped or stuck must not outlive its run
@@ -50,7 +56,12 @@ def _sidecars(run_dir: str) -> list[int]:
     return found
 
 
-def telemetry_settings(config: RunConfig) -> TelemetrySettings:
+def trace_path(path: Path, node: int) -> Path:
+    """Each node writes its own ranks' spans: nodes may share the folder, and must not the file."""
+    return path if node == 0 else path.with_name(f"{path.stem}.node{node}{path.suffix}")
+
+
+def telemetry_settings(config: RunConfig, node: int = 0) -> TelemetrySettings:
     """What the environment says (`onecast.telemetry.environment`), and the options on top.
 
     ValueError names the variable, or the setting, that cannot be.
@@ -58,7 +69,7 @@ def telemetry_settings(config: RunConfig) -> TelemetrySettings:
     options = {
         "metrics_host": config.metrics_host,
         "metrics_port": config.metrics_port,
-        "trace_file": None if config.trace is None else str(config.trace),
+        "trace_file": None if config.trace is None else str(trace_path(config.trace, node)),
     }
     given = {name: value for name, value in options.items() if value is not None}
     return TelemetrySettings.from_env(None, **given)
@@ -70,11 +81,15 @@ class RunTelemetry:
     Enter on every rank of the default group. ValueError: the metrics port is in use. Where nothing
     can be recorded, a warning says why and the run goes on. `metrics_url` is None then, and without
     telemetry; `report`, there after the exit, also on other ranks than the first of a node.
+
+    `attempt` is of these ranks alone, and the same on all: a run whose ranks are started again, or
+    another under the same name, has traces of its own.
     """
 
-    def __init__(self, config: RunConfig, environment: RankEnvironment) -> None:
+    def __init__(self, config: RunConfig, environment: RankEnvironment, attempt: str) -> None:
         self._config = config
         self._environment = environment
+        self._engine_id = _engine_id(environment.run_id, attempt)
         self._session: Session | None = None
         self.metrics_url: str | None = None
         self.report: dict[str, Any] | None = None
@@ -83,17 +98,22 @@ class RunTelemetry:
         config, environment = self._config, self._environment
         if config.no_telemetry:
             return NullObserver()
+        settings = telemetry_settings(config, environment.node)
+        again = environment.restart_count > 0
+        if again and settings.metrics_port:
+            _await_port(settings.metrics_host, settings.metrics_port)
         self._session = start_session(
             rank=environment.rank,
             local_rank=environment.local_rank,
             world_size=environment.world_size,
             local_world_size=environment.local_world_size,
-            engine_id=environment.run_id,
+            engine_id=self._engine_id,
             # The launcher names it but does not make it: killed at that moment, it would leave it
-            # behind. Under torchrun alone ranks agree on one.
-            run_dir=environment.run_dir,
+            # behind. Under torchrun alone, and when the sidecar of an earlier attempt may still be
+            # there, ranks agree on one.
+            run_dir=None if again else environment.run_dir,
             node=environment.node,
-            settings=telemetry_settings(config),
+            settings=settings,
         )
         self.metrics_url = self._session.metrics_url
         return self._session
@@ -102,3 +122,21 @@ class RunTelemetry:
         if self._session is not None:
             # After an error other ranks may never leave: do not make them wait for us.
             self.report = self._session.close(wait=kind is None)
+
+
+def _engine_id(run_id: str, attempt: str) -> str:
+    name = run_id[:_NAME_CHARS] if run_id not in ("", "none") else "onecast"
+    return f"{name}-{attempt}"
+
+
+def _await_port(host: str, port: int) -> None:
+    """The sidecar of the attempt before may need a moment to let go; in vain, the new one says so.
+
+    It ends by itself once its ranks have.
+    """
+    deadline = time.monotonic() + _SIDECAR_END_S
+    while time.monotonic() < deadline:
+        try:
+            return check_port(host, port)
+        except ValueError:
+            time.sleep(0.05)

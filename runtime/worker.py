@@ -18,8 +18,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .config import RankEnvironment, RunConfig, add_run_options, rank_environment, run_config
 from .generate import generate
+from .neighbours import Door, Neighbours, NodeLost
 from .preflight import check
 from .rank import open_rank, process_groups
+from .roll_call import Roll, RollCall
 from .summary import RunFigures, print_summary
 from .wiring import RunTelemetry
 
@@ -46,30 +48,63 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         errors.record_exception(error)
-        # The launcher of `onecast` says it once for all ranks.
-        if environment is None or not environment.launched_by_onecast:
-            _explain(error, rank=0 if environment is None else environment.rank)
+        _explain(error, environment)
         return 1
     return 0
 
 
-def _explain(error: Exception, rank: int) -> None:
-    """Bad input is the same on every rank: one of them says it, in one line."""
-    if not isinstance(error, ValueError):
-        traceback.print_exc()
-    elif rank == 0:
+def _explain(error: Exception, environment: RankEnvironment | None) -> None:
+    if environment is None:
         print(f"onecast: {error}", file=sys.stderr)
+    elif environment.launched_by_onecast:
+        # Its launcher says how a run ended, once for all ranks, and is silent about a restart.
+        count, most = environment.restart_count, environment.max_restarts
+        if count < most:
+            text = f"rank {environment.rank}: {type(error).__name__}: {error}"
+            print(f"onecast: {text}; restart {count + 1} of {most}", file=sys.stderr)
+    elif isinstance(error, ValueError):
+        # Bad input is the same on every rank: one of a node says it, in one line.
+        if environment.local_rank == 0:
+            print(f"onecast: {error}", file=sys.stderr)
+    elif isinstance(error, NodeLost):
+        print(f"onecast: rank {environment.rank}: {error}", file=sys.stderr)
+    else:
+        traceback.print_exc()
 
 
 def run(config: RunConfig, environment: RankEnvironment) -> None:
     """Set this rank up, drive (rank 0) or follow, take everything down, say what was measured."""
     if config.tp not in (1, environment.world_size):
         raise ValueError(f"--tp: {config.tp}, but torchrun started {environment.world_size} ranks")
-    if not environment.launched_by_onecast:  # else the launcher has done it
-        check(config, environment.world_size, environment.local_world_size)
+    if environment.restart_count:
+        config = config.resumed()
+    call = RollCall(environment, timeout_s=config.join_timeout_s)
+    with call.refuses():
+        if not environment.launched_by_onecast:  # else the launcher has done it
+            check(
+                config,
+                environment.world_size,
+                environment.local_world_size,
+                with_files=environment.node == 0,
+            )
+        door = Door(environment)
+    roll = call.answer(door.address)
+    neighbours = Neighbours(roll.addresses, environment.rank)
+    try:
+        _work(config, environment, roll)
+    except Exception as error:
+        lost = None if isinstance(error, ValueError) else neighbours.lost()
+        if lost is None:
+            raise
+        raise NodeLost(f"{lost} ({type(error).__name__}: {error})") from error
+    finally:
+        door.close()
+
+
+def _work(config: RunConfig, environment: RankEnvironment, roll: Roll) -> None:
     figures: RunFigures | None = None
-    with process_groups(config, environment) as (device, model_group, control_group):
-        telemetry = RunTelemetry(config, environment)
+    with process_groups(config, environment, roll) as (device, model_group, control_group):
+        telemetry = RunTelemetry(config, environment, roll.call)
         with (
             telemetry as observer,
             open_rank(config, environment, device, model_group, control_group, observer) as rank,
