@@ -5,8 +5,6 @@ Owns the few outcomes that the exporter tells apart, and how a partial success i
 
 from typing import NamedTuple, Protocol
 
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-
 
 class Answer(NamedTuple):
     accepted: bool
@@ -27,6 +25,9 @@ class Transport(Protocol):
 
 def accepted(body: bytes) -> Answer:
     """Read an ExportTraceServiceResponse; one that cannot be read still came with a success."""
+    # Here: a sidecar that exports nothing runs on machines that have no opentelemetry.
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
     try:
         partial = ExportTraceServiceResponse.FromString(body).partial_success
     except Exception:  # protobuf's own DecodeError lies in a private module
