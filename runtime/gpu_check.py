@@ -1,43 +1,45 @@
 """`onecast gpu-check`: every test and every benchmark that needs a GPU, and a short table last.
 
-Owns which parts there are, the processes they run in, and the verdict. It needs no more than the
-standard library to say what a machine lacks, installs nothing, and runs from a bare checkout too:
+Owns the command: what this machine lacks, in which order the parts run, the verdict and the JSON.
+It needs no more than the standard library to say what is missing, installs nothing, and runs from a
+bare checkout too:
 
     PYTHONPATH=.links python -P -m onecast.runtime.gpu_check
 
+All of it takes less than eight minutes; see `gpu_parts` for who gets how many of them. The JSON is
+written anew after each part: what is known stays, whatever ends the command.
+
 The environment goes to every part as it is: several ranks of NCCL on one GPU need
 NCCL_MULTI_RANK_GPU_ENABLE=1 and a library that can do it (LD_PRELOAD); without, they are skipped.
+A machine that has torch but not msgspec, and no network, gets it as a wheel from elsewhere:
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 \\
+        --platform manylinux2014_x86_64 --dest wheels msgspec       # elsewhere
+    pip install --no-index --no-deps --target site wheels/*.whl     # there; PYTHONPATH=.links:site
 
 Exit status 0: all parts have run and all tests have passed, but for what was skipped for a reason
 that is printed; 1: something failed; 2: bad usage; 3: nothing failed, but parts did not run because
-this machine lacks what they need: a GPU, torch, pytest. Figures that are missed are printed so.
+this machine lacks what they need (a GPU, torch, pytest), or did not come to their end in time.
+Figures that are missed are printed so.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .gpu_report import FAILED, NOT_RUN, PASSED, SKIPPED, Outcome, print_report, read_junit
+from .gpu_parts import NEEDED, PARTS, ROOT, TESTS, TOTAL_S, run_benchmark, run_tests
+from .gpu_report import FAILED, NOT_RUN, OUT_OF_TIME, Outcome, print_report
 
-_ROOT = Path(__file__).resolve().parents[1]
-_TIMEOUT_S = {"tests": 450.0, "host": 120.0, "nccl": 120.0, "copies": 60.0}
-_TIMEOUT_S |= {"telemetry": 120.0, "blocks": 120.0}
-_MODULES = {"telemetry": "telemetry_gpu", "blocks": "blocks_gpu"}  # the others are parts of one
-_GRACE_S = 10.0  # for a part that is told to end
-_CANNOT_RUN = 3
+_INCOMPLETE = 3
 _STEPS = 500
-_RANKS = 2  # of the benchmark
 _ENVIRONMENT = ("NCCL_MULTI_RANK_GPU_ENABLE", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES")
 
 
@@ -50,19 +52,8 @@ class Missing(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts and print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="onecast gpu-check", description="Run all tests and benchmarks that need a GPU."
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the command out"
-    )
-    parser.add_argument("--steps", type=int, default=_STEPS, help="of a benchmark (%(default)s)")
-    parser.add_argument("--tests", type=Path, default=_ROOT / "tests", metavar="DIR")
-    parser.add_argument("--only", choices=tuple(_TIMEOUT_S), action="append", metavar="PART")
-    options = parser.parse_args(argv)
-    if options.steps < 1:
-        parser.error(f"--steps is {options.steps}, at least 1 is needed")
+    start = time.monotonic()
+    options = _parser().parse_args(argv)
     missing = find_missing(options.device)
     machine = describe_machine()
     for line in machine:
@@ -71,37 +62,88 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"MISSING: {one.what}; without it: no {', '.join(one.parts)}")
     sys.stdout.flush()
     outcomes = []
-    with tempfile.TemporaryDirectory(prefix="onecast-gpu-check-") as folder:
-        for part in options.only or _TIMEOUT_S:
-            lacks = [one.what for one in missing if part in one.parts]
-            if lacks:
-                outcomes.append(Outcome(part, NOT_RUN, f"missing: {', '.join(lacks)}"))
-            elif part == "tests":
-                outcomes.append(_run_tests(options.tests, Path(folder, "tests.xml")))
-            else:
-                result = Path(folder, f"{part}.json")
-                outcomes.append(_run_benchmark(part, options.device, options.steps, result))
-    if options.json is not None:
-        report = {
-            "machine": machine,
-            "missing": [one.what for one in missing],
-            "parts": [outcome._asdict() for outcome in outcomes],
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print_report(outcomes, "" if options.device == "cuda" else " (tried out on the CPU)")
+    for outcome in _run(options, missing, start + TOTAL_S):
+        outcomes.append(outcome)
+        if options.json is not None:
+            report = {
+                "machine": machine,
+                "missing": [one.what for one in missing],
+                "seconds": time.monotonic() - start,
+                "parts": [one._asdict() for one in outcomes],
+            }
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+    note = "" if options.device == "cuda" else ", tried out on the CPU"
+    print_report(outcomes, f" ({time.monotonic() - start:.0f} s{note})")
     states = {outcome.state for outcome in outcomes}
-    return 1 if FAILED in states else _CANNOT_RUN if NOT_RUN in states else 0
+    return 1 if FAILED in states else _INCOMPLETE if {NOT_RUN, OUT_OF_TIME} & states else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onecast gpu-check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--json", type=_new_file, metavar="FILE", help="also write the results there"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the command out"
+    )
+    parser.add_argument(
+        "--steps", type=_number, default=_STEPS, help="of a benchmark (%(default)s)"
+    )
+    parser.add_argument("--tests", type=Path, default=ROOT / "tests", metavar="DIR")
+    parser.add_argument(
+        "--only", choices=tuple(PARTS), action="append", help="one part; any number of times"
+    )
+    return parser
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1 is needed")
+    return number
+
+
+def _new_file(text: str) -> Path:
+    """Refused now, not when everything has been measured."""
+    path = Path(text)
+    if not text or path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no file can be made at {text!r}")
+    return path
+
+
+def _run(
+    options: argparse.Namespace, missing: Sequence[Missing], deadline: float
+) -> Iterator[Outcome]:
+    with tempfile.TemporaryDirectory(prefix="onecast-gpu-check-") as folder:
+        for name, part in PARTS.items():
+            if options.only and name not in options.only:
+                continue
+            lacks = [one.what for one in missing if name in one.parts]
+            if lacks:
+                yield Outcome(name, NOT_RUN, f"missing: {', '.join(lacks)}")
+            elif name == TESTS:
+                budget_s = max(part.budget_s, deadline - time.monotonic())
+                yield run_tests(options.tests, Path(folder, "tests.xml"), budget_s)
+            else:
+                result = Path(folder, f"{name}.json")
+                yield run_benchmark(name, options.device, options.steps, result)
 
 
 def find_missing(device: str) -> list[Missing]:
     """What the parts need and this machine has not."""
-    everything = tuple(_TIMEOUT_S)
+    everything = tuple(PARTS)
     missing = []
-    for package in ("numpy", "msgspec"):
+    needs = dict.fromkeys(NEEDED, everything)
+    for name, part in PARTS.items():
+        for package in part.needs:
+            needs[package] = (*needs.get(package, ()), name)
+    for package, parts in needs.items():
         if importlib.util.find_spec(package) is None:
-            missing.append(Missing(f"the package {package}", everything))
-    if importlib.util.find_spec("pytest") is None:
-        missing.append(Missing("the package pytest", ("tests",)))
+            missing.append(Missing(f"the package {package}", parts))
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: of a library that it loads
@@ -126,79 +168,12 @@ def describe_machine() -> list[str]:
             count = torch.cuda.device_count()
             names = {torch.cuda.get_device_name(index) for index in range(count)}
             lines[0] += f", {count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
+            from .bench.nccl import nccl_version
+
+            lines[0] += f", NCCL {'.'.join(map(str, nccl_version()))}"
     for name in _ENVIRONMENT:
         lines.append(f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set")
     return lines
-
-
-def _run_tests(folder: Path, junit: Path) -> Outcome:
-    files = [file for file in sorted(folder.glob("test_*.py")) if "mark.cuda" in file.read_text()]
-    if not files:
-        return Outcome("tests", SKIPPED, f"no test that needs a GPU lies in {folder}")
-    command = [
-        *("-m", "pytest", "-m", "cuda", "-q", "-rs", "-p", "no:cacheprovider"),
-        *("--continue-on-collection-errors", f"--junitxml={junit}", *map(str, files)),
-    ]
-    code, seconds, ending = _run("tests", command, folder.parent)
-    if ending is None and code not in (0, 1, 2, 5):
-        ending = f"pytest ended with status {code}"
-    if not junit.exists():
-        return Outcome("tests", FAILED, ending or "pytest left no report", seconds)
-    outcome = read_junit(junit.read_text(), seconds)
-    if ending is not None:
-        text = f"{ending}; by then: {outcome.text}, with the one that was running"
-        return outcome._replace(state=FAILED, text=text)
-    return outcome
-
-
-def _run_benchmark(part: str, device: str, steps: int, result: Path) -> Outcome:
-    if part == "nccl":
-        from .bench.gpu import nccl_refusal
-
-        refusal = nccl_refusal(_RANKS)
-        if refusal is not None:
-            return Outcome(part, SKIPPED, refusal)
-    limit_s = _TIMEOUT_S[part]
-    module = (_MODULES[part],) if part in _MODULES else ("gpu", part)
-    command = [
-        *("-m", f"onecast.runtime.bench.{module[0]}", *module[1:]),
-        *(f"--device={device}", f"--steps={steps}", f"--json={result}"),
-        f"--timeout={limit_s - 20}",  # the ranks' stacks come before the end
-    ]
-    code, seconds, ending = _run(part, command, _ROOT)
-    if ending is not None or code != 0 or not result.exists():
-        return Outcome(part, FAILED, ending or f"it ended with status {code}", seconds)
-    report: Any = json.loads(result.read_text())
-    rows, ratios = (report["rows"], report["ratios"]) if part == "blocks" else (report, ())
-    return Outcome(part, PASSED, f"{len(rows)} rows", seconds, rows=rows, ratios=ratios)
-
-
-def _run(part: str, arguments: Sequence[str], folder: Path) -> tuple[int, float, str | None]:
-    """Run Python so; its exit status, the seconds it took, and why it was ended if it was."""
-    command = [sys.executable, "-P", *arguments]
-    print(f"\n---- {part}: {' '.join(command)}", flush=True)
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)),  # it runs in another folder
-        "PYTHONSAFEPATH": "1",  # for what it starts: a checkout has a folder called comm
-        "OMP_NUM_THREADS": "1",
-    }
-    limit_s = _TIMEOUT_S[part]
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
-    try:
-        code = process.wait(timeout=limit_s)
-        return code, time.monotonic() - start, None
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then reports what it has
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=_GRACE_S)
-        return -signal.SIGKILL, time.monotonic() - start, f"it did not end within {limit_s:g} s"
-    finally:
-        if process.poll() is None:  # its ranks end themselves when they see it gone
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 if __name__ == "__main__":

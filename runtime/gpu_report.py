@@ -12,12 +12,13 @@ from xml.etree import ElementTree
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 NOT_RUN = "not run"  # for want of what the machine should have
+OUT_OF_TIME = "out of time"  # ended before it came to its end; what it has found by then is there
 
 _NO_MODULE = re.compile(r"No module named '([^'.]+)[^']*'")
 
 
 class Outcome(NamedTuple):
-    """Of one part; `state` is one of the four above."""
+    """Of one part; `state` is one of the five above."""
 
     part: str
     state: str
@@ -27,6 +28,7 @@ class Outcome(NamedTuple):
     failed: tuple[str, ...] = ()
     rows: Sequence[dict[str, Any]] = ()
     ratios: Sequence[dict[str, Any]] = ()  # name, value, target, holds
+    reports: Sequence[dict[str, Any]] = ()  # of a benchmark, whole
 
 
 def read_junit(text: str, seconds: float) -> Outcome:
@@ -91,7 +93,7 @@ def print_report(outcomes: Sequence[Outcome], note: str = "") -> None:
 
 def _verdict(outcomes: Sequence[Outcome]) -> str:
     said = []
-    for state in (FAILED, NOT_RUN):
+    for state in (FAILED, NOT_RUN, OUT_OF_TIME):
         parts = [outcome.part for outcome in outcomes if outcome.state == state]
         if parts:
             said.append(f"{state.upper()} ({', '.join(parts)})")
@@ -110,9 +112,13 @@ def _by_method(outcome: Outcome) -> list[list[tuple[str, ...]]]:
     for (workload, method), of in lines.items():
         titles = [title for metric in of for title in (metric, "p99")]
         table = tables.setdefault((*of,), [(outcome.part, "method", *titles, "n")])
-        cells = [f"{row[which]:.1f}" for row in of.values() for which in ("median", "p99")]
+        cells = [_short(row[which]) for row in of.values() for which in ("median", "p99")]
         table.append((workload, method, *cells, str(next(iter(of.values()))["n"])))
     return list(tables.values())
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.4f}"
 
 
 def _figures(outcome: Outcome) -> list[list[tuple[str, ...]]]:

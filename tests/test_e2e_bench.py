@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from onecast.runtime.bench import e2e, e2e_ablation, e2e_cost, e2e_machine, e2e_report, synthetic
+from onecast.runtime.bench import (
+    e2e,
+    e2e_ablation,
+    e2e_cost,
+    e2e_machine,
+    e2e_measure,
+    e2e_report,
+    e2e_tables,
+    synthetic,
+)
 from onecast.runtime.bench.e2e_channels import CHANNELS, FUSED, SHM, TWO, Published, TurnChannel
 from onecast.runtime.bench.e2e_phases import PhaseRecorder, RecordedStep, Span
 from onecast.runtime.bench.e2e_prompts import LEAST, MOST, make_prompts
@@ -307,8 +316,8 @@ def test_a_recorder_keeps_phases_by_step_and_forgets_what_was_none():
 
 
 def test_a_turn_asks_for_greedy_tokens_whatever_they_mean_and_looks_nothing_up():
-    plan = Plan(e2e._DEMO, "cpu", (4,), (SHM,), rounds=1, drawn=6)
-    tokenizer = Tokenizer(e2e._DEMO)
+    plan = Plan(e2e_measure.DEMO, "cpu", (4,), (SHM,), rounds=1, drawn=6)
+    tokenizer = Tokenizer(e2e_measure.DEMO)
 
     class Cache:
         num_blocks = 64
@@ -351,7 +360,7 @@ def test_telemetry_is_compared_in_pairs_and_targets_are_those_of_the_shipped_mod
 
 
 def test_prompts_differ_from_their_first_block_on_and_repeat_in_every_run():
-    tokenizer = Tokenizer(e2e._DEMO)
+    tokenizer = Tokenizer(e2e_measure.DEMO)
     prompts = make_prompts(tokenizer, 300)
     assert prompts == make_prompts(tokenizer, 300) and prompts[:8] == make_prompts(tokenizer, 8)
     assert len({prompt[:16] for prompt in prompts}) == 300
@@ -406,7 +415,7 @@ def test_what_cannot_run_here_is_refused_in_one_line(tmp_path, capsys, monkeypat
         assert status == 2 and out == ""
         return err
 
-    monkeypatch.setattr(e2e, "launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(e2e_measure, "launch", lambda *_: pytest.fail("ranks were started"))
     cache = ("--cache", str(tmp_path))
     assert "model directory /nowhere does not exist" in refused("--model", "/nowhere")
     assert "--channels: 'mpi' is none of two-broadcasts, " in refused("--channels", "mpi")
@@ -433,9 +442,9 @@ def test_on_a_gpu_memory_of_all_ranks_that_share_it_counts(monkeypatch):
     monkeypatch.setattr(e2e_machine, "nccl_refusal", lambda ranks: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(e2e_machine, "total_gpu_bytes", lambda: [6 << 20])
-    e2e_machine.check_model(e2e._DEMO, "cuda", 1, 100, 1)  # 5.8 MB in half precision
+    e2e_machine.check_model(e2e_measure.DEMO, "cuda", 1, 100, 1)  # 5.8 MB in half precision
     with pytest.raises(ValueError, match="a GPU here has 6,291,456"):
-        e2e_machine.check_model(e2e._DEMO, "cuda", 2, 100, 40)
+        e2e_machine.check_model(e2e_measure.DEMO, "cuda", 2, 100, 40)
 
 
 def test_the_tables_fit_120_columns_and_nothing_is_cut(report, capsys):
@@ -447,7 +456,7 @@ def test_the_tables_fit_120_columns_and_nothing_is_cut(report, capsys):
         for batch in batches
         if row["batch"] == 8
     ]
-    e2e_report.print_report(
+    e2e_tables.print_report(
         {**report, "rows": rows, "plan": {**report["plan"], "batches": batches}}
     )
     lines = capsys.readouterr().out.splitlines()

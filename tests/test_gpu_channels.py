@@ -30,7 +30,7 @@ from onecast.comm import (
 )
 from onecast.comm.region import POISON
 from onecast.comm.testing import RankFailed, run_ranks
-from onecast.runtime.bench.gpu import nccl_refusal
+from onecast.runtime.bench.nccl import nccl_refusal
 
 SLOTS = 4
 LARGE = 200_000  # numbers of 8 bytes: more than the first slots hold

@@ -1,5 +1,6 @@
 """`onecast gpu-check`: it runs wherever torch is, says what is missing, and fails when it must."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,21 +11,37 @@ import sysconfig
 import time
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from racing_cuda import racing_streams
 from racing_streams import Machine as GpuMachine
+from torch._C._autograd import DeviceType
 
-from onecast.runtime import cli, gpu_check
-from onecast.runtime.bench import blocks_gpu, blocks_hidden, gpu, telemetry_gpu
+from onecast.comm.testing import RanksHung
+from onecast.runtime import cli, gpu_check, gpu_parts
+from onecast.runtime.bench import (
+    blocks_gpu,
+    blocks_hidden,
+    e2e_gpu,
+    e2e_page,
+    gpu,
+    gpu_copies,
+    gpu_part,
+    gpu_profiler,
+    nccl,
+    telemetry_gpu,
+)
+from onecast.runtime.bench.e2e_channels import CHANNELS
 from onecast.runtime.gpu_report import Outcome, print_report, read_junit
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-ALL_PARTS = "tests, host, nccl, copies, telemetry, blocks"
+ALL_PARTS = ", ".join(gpu_parts.PARTS)
 # What a machine with a GPU may lack.
-NOT_THERE = ("hypothesis", "opentelemetry", "rich", "transformers", "prometheus_client")
+NOT_THERE = ("hypothesis", "opentelemetry", "rich", "transformers", "prometheus_client", "grpc",
+             "requests", "google", "playwright")  # fmt: skip
 
 
 class Machine:
@@ -51,7 +68,7 @@ class Machine:
         return subprocess.run(
             [self._python, "-P", "-m", *arguments],
             cwd=self.checkout,
-            env={**environment, "PYTHONPATH": ".links"},
+            env={**environment, "PYTHONPATH": ".links", "XDG_CACHE_HOME": str(self.checkout)},
             capture_output=True,
             text=True,
             timeout=200,
@@ -63,6 +80,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return Machine(tmp_path_factory.mktemp("machine"))
 
 
+@pytest.mark.slow
 def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_path):
     path = tmp_path / "report.json"
     arguments = ("--device=cpu", "--steps=3", f"--json={path}")
@@ -71,25 +89,34 @@ def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_p
     assert result.stdout.splitlines()[-1].startswith("gpu-check: ok")
     assert "Traceback" not in result.stderr
     report = json.loads(path.read_text())
-    assert report["missing"] == []
+    assert report["missing"] == [] and 0 < report["seconds"] < 480
     parts = {part["part"]: part for part in report["parts"]}
-    assert [*parts] == ["tests", "host", "nccl", "copies", "telemetry", "blocks"]
-    ran = ("host", "copies", "telemetry", "blocks")
+    assert [*parts] == [*gpu_parts.PARTS]
+    ran = [name for name in parts if name != "tests"]
     assert {parts[name]["state"] for name in ran} == {"passed"}
     reasons = " ".join(parts["tests"]["skipped"])
     assert "test_process_group_channel: needs the package hypothesis" in reasons
     if not torch.cuda.is_available():
-        assert parts["tests"]["state"] == parts["nccl"]["state"] == "skipped"
-        assert parts["nccl"]["text"] == "torch sees no GPU"
+        assert parts["tests"]["state"] == "skipped"
         assert "test_gpu_channels.test_on_a_gpu: needs a GPU" in reasons
     methods = {(row["method"], row["metric"]) for row in parts["host"]["rows"]}
-    assert methods == {(m, f"{one} us") for m in gpu.HOST_METHODS for one in ("one-way", "sender")}
+    names = gpu.methods_of("gloo", only_group=False)
+    assert methods == {(name, f"{of} us") for name in names for of in ("one-way", "sender")}
     assert all(row["n"] == 3 and 0 < row["median"] <= row["p99"] for row in parts["host"]["rows"])
+    found = {(row["ranks"], row["metric"]) for row in parts["nccl"]["rows"]}
+    assert found == {(1, "sender us")} | {
+        (n, f"{of} us") for n in (2, 4) for of in ("one-way", "sender")
+    }
     copies = {(row["workload"], row["method"]) for row in parts["copies"]["rows"]}
-    assert copies == {(f"{size} bytes", name) for size in gpu.COPY_BYTES for name in gpu.COPIES}
+    sizes = [f"{size} bytes" for size in gpu_copies.COPY_BYTES]
+    assert copies == {(size, name) for size in sizes for name in gpu_copies.COPIES}
     issued = {(row["workload"], row["method"]) for row in parts["telemetry"]["rows"]}
     methods = (telemetry_gpu.NOTHING, telemetry_gpu.RECORDED, telemetry_gpu.TIMED)
     assert issued == {(size, method) for size in ("16 KiB", "16 MiB") for method in methods}
+    by = {(row["workload"], row["method"], row["n"]) for row in parts["profiler"]["rows"]}
+    both = (gpu_profiler.RECORDED, gpu_profiler.PROFILED)
+    assert by == {(size, one, 2 * 3) for size in ("16 KiB", "1 MiB") for one in both}
+    assert parts["profiler"]["ratios"][0]["name"] == gpu_profiler.ERROR
     moved = parts["blocks"]["rows"]
     assert all(row["workload"].endswith(" (CPU)") and row["n"] == 3 for row in moved)
     assert {row["workload"] for row in moved} >= {
@@ -99,6 +126,25 @@ def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_p
     figures = parts["blocks"]["ratios"]
     assert [figure["name"] for figure in figures] == [*blocks_gpu.FIGURES]
     assert {figure["holds"] for figure in figures} == {None}  # they say nothing of a GPU
+    alone, sharing = parts["e2e"]["reports"]
+    assert alone["plan"]["tp"] == [1] and sharing["plan"]["tp"] == [2]
+    assert alone["model"]["synthetic"] == sharing["model"]["synthetic"] == "small"
+    shown = {(row["method"], row["metric"]) for row in parts["e2e"]["rows"]}
+    assert shown == {(channel, metric) for channel in CHANNELS for metric in e2e_gpu.SHOWN}
+    for report in (alone, sharing):
+        assert "e2e.html" == e2e_page.write_report(report, tmp_path / "page").name
+
+
+def test_a_part_runs_from_a_bare_checkout(machine, tmp_path):
+    path = tmp_path / "report.json"
+    arguments = ("--device=cpu", "--steps=1", "--only=copies", f"--json={path}")
+    result = machine.run("onecast.runtime.gpu_check", *arguments, without=NOT_THERE)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.fullmatch(
+        r"gpu-check: ok \(\d+ s, tried out on the CPU\)", result.stdout.splitlines()[-1]
+    )
+    (part,) = json.loads(path.read_text())["parts"]
+    assert (part["part"], part["state"], len(part["rows"])) == ("copies", "passed", 6)
 
 
 def test_what_is_missing_is_said_first_and_without_a_traceback(machine):
@@ -109,14 +155,14 @@ def test_what_is_missing_is_said_first_and_without_a_traceback(machine):
     said = lines[: lines.index("==== gpu-check")]
     assert f"MISSING: the package msgspec; without it: no {ALL_PARTS}" in said
     assert "MISSING: the package pytest; without it: no tests" in said
-    assert lines[-1] == f"gpu-check: NOT RUN ({ALL_PARTS})"
+    assert lines[-1].startswith(f"gpu-check: NOT RUN ({ALL_PARTS}) (")
 
 
 def test_torch_that_is_missing_is_said(machine):
     result = machine.run("onecast.runtime.gpu_check", without=("torch",))
     assert result.returncode == 3
     assert result.stderr == ""
-    assert "MISSING: torch (No module named 'torch'); without it: no tests, host" in result.stdout
+    assert f"MISSING: torch (No module named 'torch'); without it: no {ALL_PARTS}" in result.stdout
 
 
 def test_it_imports_nothing_that_such_a_machine_lacks():
@@ -138,7 +184,7 @@ def test_without_a_gpu_nothing_fails_and_nothing_passes(capfd, tmp_path):
     assert cli.main(["gpu-check", "--json", str(path)]) == 3
     out = capfd.readouterr().out
     assert "MISSING: a GPU that torch can use (" in out
-    assert out.splitlines()[-1] == f"gpu-check: NOT RUN ({ALL_PARTS})"
+    assert out.splitlines()[-1].startswith(f"gpu-check: NOT RUN ({ALL_PARTS}) (")
     parts = json.loads(path.read_text())["parts"]
     assert {part["state"] for part in parts} == {"not run"}
     assert all(part["text"].startswith("missing: a GPU that torch can use") for part in parts)
@@ -148,15 +194,13 @@ def test_what_fails_tells_more_than_what_did_not_run(capfd, monkeypatch, tmp_pat
     missing = [gpu_check.Missing("the package pytest", ("tests",))]
     monkeypatch.setattr(gpu_check, "find_missing", lambda device: missing)
     only = ["--device=cpu", "--only=tests", "--only=copies", "--steps=1"]
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *_: Outcome("copies", "passed", ""))
     assert gpu_check.main(only) == 3
-    assert capfd.readouterr().out.splitlines()[-1] == (
-        "gpu-check: NOT RUN (tests) (tried out on the CPU)"
-    )
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "gpu-check: NOT RUN (tests) (" in capfd.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *_: Outcome("copies", "failed", ""))
     assert gpu_check.main(only) == 1
-    assert capfd.readouterr().out.splitlines()[-1] == (
-        "gpu-check: FAILED (copies); NOT RUN (tests) (tried out on the CPU)"
-    )
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.startswith("gpu-check: FAILED (copies); NOT RUN (tests) (")
 
 
 def test_a_part_that_fails_fails_the_command(capfd, tmp_path):
@@ -182,8 +226,20 @@ def test_a_folder_without_such_tests_is_a_reason_to_skip(capfd, tmp_path):
     assert f"no test that needs a GPU lies in {tmp_path}" in capfd.readouterr().out
 
 
-def test_a_part_that_hangs_is_ended_and_tells_what_it_has(capfd, tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu_check._TIMEOUT_S, "tests", 6.0)
+# ---- time
+
+
+def test_all_parts_together_take_less_than_eight_minutes():
+    budgets = {name: part.budget_s for name, part in gpu_parts.PARTS.items()}
+    assert sum(budgets.values()) <= gpu_parts.TOTAL_S < 480
+    assert list(budgets)[-1] == gpu_parts.TESTS  # they get what the others leave
+    assert gpu_part.HUNG_STATUS == gpu_parts.HUNG_STATUS
+
+
+def test_tests_that_run_out_of_time_tell_what_they_have(capfd, tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu_parts.PARTS, "tests", gpu_parts.Part(0.0))
+    monkeypatch.setattr(gpu_check, "TOTAL_S", 4.0)
+    monkeypatch.setattr(gpu_parts, "GRACE_S", 1.5)
     (tmp_path / "test_it.py").write_text(
         "import pytest, subprocess, time\n"
         "@pytest.mark.cuda\n"
@@ -192,24 +248,97 @@ def test_a_part_that_hangs_is_ended_and_tells_what_it_has(capfd, tmp_path, monke
         "def test_without_end():\n    time.sleep(100)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = cuda: x\n")
-    start = time.monotonic()
-    assert gpu_check.main(["--device=cpu", "--only=tests", f"--tests={tmp_path}"]) == 1
-    assert time.monotonic() - start < 30
-    assert "it did not end within 6 s; by then: 2 passed" in capfd.readouterr().out
+    arguments = ["--device=cpu", "--only=tests", f"--tests={tmp_path}"]
+    assert gpu_check.main(arguments) == 3
+    out = capfd.readouterr().out
+    assert re.search(r"it did not end within \d(\.\d+)? s; by then: [12] passed, 0 failed", out)
+    assert "gpu-check: OUT OF TIME (tests)" in out.splitlines()[-1]
 
 
-def test_a_benchmark_that_ends_badly_fails(capfd, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+@pytest.fixture
+def slow_python(tmp_path, monkeypatch):
+    """A Python that leaves two rows and what else it is told, and then hangs or ends."""
+    script = tmp_path / "python"
+
+    def make(then: str) -> None:
+        script.write_text(
+            f"#!{sys.executable}\n"
+            "import json, sys, time\n"
+            "(path,) = [one.partition('=')[2] for one in sys.argv if one.startswith('--json=')]\n"
+            "row = {'workload': 'w', 'method': 'm', 'metric': 'us', 'median': 1, 'p99': 2,"
+            " 'n': 3}\n"
+            "found = {'rows': [row, row], 'ratios': [], 'skipped': ['why'], 'reports': []}\n"
+            "open(path, 'w').write(json.dumps(found))\n"
+            f"{then}\n"
+        )
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    return make
+
+
+@pytest.mark.parametrize("then", ["time.sleep(100)", f"sys.exit({gpu_parts.HUNG_STATUS})"])
+def test_a_part_that_runs_out_of_time_is_told_and_the_next_one_runs(
+    capfd, tmp_path, monkeypatch, slow_python, then
+):
+    slow_python(then)
+    monkeypatch.setattr(gpu_parts, "GRACE_S", 0.5)
+    short = {name: part._replace(budget_s=1.0) for name, part in gpu_parts.PARTS.items()}
+    monkeypatch.setattr(gpu_parts, "PARTS", short)
+    path = tmp_path / "report.json"
+    arguments = ["--device=cpu", "--only=copies", "--only=blocks", f"--json={path}"]
+    assert gpu_check.main(arguments) == 3
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.startswith("gpu-check: OUT OF TIME (copies, blocks) (")
+    for part in json.loads(path.read_text())["parts"]:
+        assert part["state"] == "out of time" and len(part["rows"]) == 2
+        assert part["text"] == "it did not end within 1 s; by then: 2 rows"
+        assert part["skipped"] == ["why"]
+
+
+def test_what_is_known_is_written_whatever_ends_the_command(tmp_path, monkeypatch):
+    outcomes = iter([Outcome("copies", "passed", "")])
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *_: next(outcomes))
+    path = tmp_path / "report.json"
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        gpu_check.main(["--device=cpu", "--only=copies", "--only=blocks", f"--json={path}"])
+    (part,) = json.loads(path.read_text())["parts"]
+    assert part["part"] == "copies"
+
+
+def test_a_benchmark_that_ends_badly_fails_with_what_it_had(capfd, slow_python):
+    slow_python("sys.exit(1)")
     assert gpu_check.main(["--device=cpu", "--only=copies"]) == 1
-    assert "it ended with status 1" in capfd.readouterr().out
+    assert "it ended with status 1; by then: 2 rows" in capfd.readouterr().out
+
+
+def test_ranks_that_hang_show_their_stacks_and_earlier_results_stay(capsys, tmp_path):
+    path = tmp_path / "part.json"
+
+    def measure(asked, results):
+        assert 0 < asked.timeout_s <= 50
+        results.add(rows=[{"a": 1}])
+        assert json.loads(path.read_text())["rows"] == [{"a": 1}]  # at once
+        raise RanksHung([1], "a stack", {})
+
+    arguments = ["--timeout=50", f"--json={path}"]
+    assert gpu_part.run_part("x", "", measure, arguments) == gpu_part.HUNG_STATUS
+    assert "ranks [1] hung\na stack" in capsys.readouterr().err
+    assert json.loads(path.read_text())["rows"] == [{"a": 1}]
 
 
 def test_a_step_count_that_measures_nothing_is_refused(capsys):
-    mains = ((gpu_check.main, []), (gpu.main, ["copies"]), (blocks_gpu.main, []))
-    for main, arguments in mains:
+    mains = ((gpu.main, ["copies"]), (blocks_gpu.main, []), (e2e_gpu.main, []))
+    for main, arguments in ((gpu_check.main, []), *mains):
         with pytest.raises(SystemExit):
             main([*arguments, "--steps=0"])
-        assert "--steps is 0, at least 1" in capsys.readouterr().err
+        assert "at least 1 is needed" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--device=cpu", f"--json={tmp_path}/absent/report.json"])
+    assert "no file can be made at" in capsys.readouterr().err
 
 
 # ---- NCCL, and what pytest reports
@@ -228,12 +357,12 @@ def test_a_step_count_that_measures_nothing_is_refused(capsys):
 def test_ranks_meet_over_nccl_where_it_can_be(monkeypatch, gpus, variable, version, refusal):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(gpu.dist, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(gpu, "nccl_version", lambda: version)
+    monkeypatch.setattr(nccl.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(nccl, "nccl_version", lambda: version)
     monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
     if variable is not None:
         monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", variable)
-    found = gpu.nccl_refusal(2)
+    found = nccl.nccl_refusal(2)
     if refusal is None:
         assert found is None
     else:
@@ -250,8 +379,8 @@ def test_the_version_of_nccl_is_that_of_the_loaded_library(monkeypatch):
             place._obj.value = 23102
             return 0
 
-    monkeypatch.setattr(gpu.ctypes, "CDLL", Library)
-    assert gpu.nccl_version() == (2, 31, 2)
+    monkeypatch.setattr(nccl.ctypes, "CDLL", Library)
+    assert nccl.nccl_version() == (2, 31, 2)
 
 
 def junit(*cases: str) -> str:
@@ -348,6 +477,135 @@ def test_methods_with_other_metrics_have_a_table_of_their_own_and_figures_theirs
         "",
     ]
     assert lines[-1] == "gpu-check: ok"  # a figure that is missed is no test that failed
+
+
+# ---- parts that ask how many ranks can meet
+
+
+def asked(device: str = "cuda") -> gpu_part.Asked:
+    return gpu_part.Asked(device, 10, time.monotonic() + 100)
+
+
+def test_nccl_is_measured_by_as_many_ranks_as_can_meet(monkeypatch):
+    calls = []
+
+    def measure(backend, device, steps, timeout_s, ranks, only_group):
+        calls.append((backend, device, steps, ranks))
+        return [{"ranks": ranks}]
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "nccl_refusal", lambda n: f"no {n} ranks" if n > 1 else None)
+    results = gpu_part.Results()
+    gpu._measure_nccl(asked(), results)
+    assert calls == [("nccl", "cuda", 10, 1)]
+    assert results.found["rows"] == [{"ranks": 1}]
+    assert results.found["skipped"] == ["no 2 ranks", "no 4 ranks"]
+    monkeypatch.setattr(gpu, "nccl_refusal", lambda n: None)
+    gpu._measure_nccl(asked(), results)
+    assert calls[1:] == [("nccl", "cuda", steps, n) for steps, n in ((10, 1), (4, 2), (1, 4))]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "most", "cases"),
+    [
+        (1, 1, [e2e_gpu.ALONE]),
+        (1, 4, [e2e_gpu.ALONE, e2e_gpu.SHARING]),
+        (2, 2, [e2e_gpu.ALONE, e2e_gpu.TOGETHER]),
+    ],
+)
+def test_a_model_of_real_shapes_is_run_by_as_many_ranks_as_can_meet(monkeypatch, gpus, most, cases):
+    seen = []
+
+    def measure(chosen, amount, timeout_s):
+        assert chosen.synthetic == "1b" and chosen.device == "cuda" and 0 < timeout_s <= 100
+        seen.append((chosen.tp, chosen.channels, amount))
+        row = {"tp": chosen.tp[0], "batch": 8, "metric": e2e_gpu.STEP}
+        rows = [row | {"channel": name} for name in reversed(chosen.channels)]
+        return {"rows": [*rows, row | {"channel": "x", "metric": "other us"}], "ratios": []}
+
+    monkeypatch.setattr(e2e_gpu, "measure", measure)
+    monkeypatch.setattr(e2e_gpu, "synthetic_model", lambda name, cache: Path("/model"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(e2e_gpu, "nccl_refusal", lambda n: None if n <= most else f"no {n}")
+    results = gpu_part.Results()
+    e2e_gpu._measure_part(asked(), results)
+    assert seen == [((case.tp,), case.channels, case.amount._replace(drawn=10)) for case in cases]
+    assert results.found["skipped"] == (["no 2"] if most < 2 else [])
+    shown = [(row["workload"], row["method"]) for row in results.found["rows"]]
+    assert shown == [
+        (f"1b, TP {case.tp}, batch 8", name) for case in cases for name in case.channels
+    ]
+
+
+# ---- a profiler beside telemetry
+
+
+class Event:
+    """As torch.profiler has them."""
+
+    def __init__(self, name, start, us, device_type=DeviceType.CUDA):
+        self.name, self.device_type = name, device_type
+        self.time_range = SimpleNamespace(start=start, elapsed_us=lambda: us)
+
+
+def test_of_what_a_profiler_saw_the_kernels_and_copies_of_nccl_are_the_collectives():
+    events = [
+        Event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 50, 7.5),
+        Event("spin_kernel(long)", 20, 200.0),
+        Event("nccl:_all_gather_base", 50, 9.0),  # an annotation, shown on the GPU's lane
+        Event("Memcpy DtoD (Device -> Device)", 10, 2.5),
+        Event("ncclDevKernel_never", 5, 1.0, DeviceType.CPU),
+        Event("gloo:all_gather", 60, 11.0, DeviceType.CPU),
+    ]
+    found = gpu_profiler.collectives_of(events, on_gpu=True)
+    assert [us for _, us in found] == [2.5, 7.5]
+    assert gpu_profiler.collectives_of(events, on_gpu=False) == [("gloo:all_gather", 11.0)]
+
+
+def test_the_error_is_of_the_largest_size_operation_by_operation(monkeypatch):
+    def times(recorded, profiled):
+        largest = {("256 MiB", "recorded"): recorded, ("256 MiB", "torch.profiler"): profiled}
+        return {("16 KiB", "recorded"): [9.0], ("16 KiB", "torch.profiler"): [3.0], **largest}
+
+    ranks = [times([110.0, 90.0], [100.0, 100.0]), times([105.0, 101.0], [100.0, 100.0])]
+    monkeypatch.setattr(gpu_profiler, "ranks_of", lambda device: 2)
+    monkeypatch.setattr(gpu_profiler, "run_ranks", lambda *_, **__: ranks)
+    results = gpu_part.Results()
+    gpu_profiler._measure_part(asked(), results)
+    (figure,) = results.found["ratios"]
+    assert figure["value"] == pytest.approx(0.075) and figure["target"] == "<= 0.1"
+    assert figure["holds"] is True and figure["spread"] == pytest.approx([0.01, 0.1])
+    rows = {(row["workload"], row["method"]): row for row in results.found["rows"]}
+    assert rows["256 MiB", "recorded"]["n"] == 4 and rows["16 KiB", "recorded"]["median"] == 9
+    ranks[1] = {}
+    results = gpu_part.Results()
+    gpu_profiler._measure_part(asked(), results)
+    (reason,) = results.found["skipped"]
+    assert reason.startswith("torch.profiler shows nothing") and not results.found["rows"]
+
+
+@pytest.mark.parametrize(("seen", "recorded"), [(2, 3), (4, 3), (3, 2), (3, 4)])
+def test_operations_that_one_of_the_two_missed_are_an_error(monkeypatch, seen, recorded):
+    bench = contextlib.nullcontext(None)
+    monkeypatch.setattr(gpu_profiler, "open_bench", lambda rank, device: bench)
+    found = [("ncclDevKernel_AllGather", 1.0)] * seen, [2.0] * recorded
+    monkeypatch.setattr(gpu_profiler, "_gather", lambda *_: found)
+    with pytest.raises(
+        RuntimeError, match=rf"3 all_gathers of 16 KiB: {recorded} were recorded.*{seen}"
+    ):
+        gpu_profiler._measure(0, "cuda", 3)
+    monkeypatch.setattr(gpu_profiler, "_gather", lambda *_: ([], [2.0] * 3))
+    assert gpu_profiler._measure(0, "cuda", 3) == {}  # no profiler of this GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_device_times_are_those_of_the_profiler():
+    results = gpu_part.Results()
+    gpu_profiler._measure_part(asked(), results)
+    if results.found["skipped"]:
+        pytest.skip(results.found["skipped"][0])
+    assert results.found["ratios"][0]["holds"]
 
 
 # ---- blocks

@@ -13,13 +13,10 @@ A swap is timed from the call until its blocks are there; a copy within the GPU 
 The methods take turns, each time with other blocks.
 """
 
-import argparse
-import json
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +31,7 @@ from onecast.runtime.swap_choice import COPIES, WAYS
 
 from .blocks_hidden import hidden_shares
 from .figures import REPORTED, Row, make_figure, p99, summarize
+from .gpu_part import Asked, Results, run_part
 
 ONECAST, ONE_COPY, PER_LAYER = "onecast", "one copy", "per layer"
 OUT, IN, COPY = OPS = ("out", "in", "copy")
@@ -48,7 +46,6 @@ FIGURES = {
 }
 
 _BLOCK_SIZE = 16
-_STEPS = 500
 _UNTIMED = 2
 _CELL_S = 0.25  # of rounds
 _SLEEP_CYCLES = 1_000_000  # about half a millisecond, in which the host gets ahead
@@ -67,20 +64,11 @@ ON_CPU = Size(CacheSpec(4, 2, 32, torch.float32), (1, 16, 64))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write rows and figures; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="onecast.runtime.bench.blocks_gpu", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--steps", type=int, default=_STEPS, help="rounds at most, %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where they go")
-    parser.add_argument("--timeout", type=float, metavar="S", help="unused: one process, no peers")
-    options = parser.parse_args(argv)
-    if options.steps < 1:
-        parser.error(f"--steps is {options.steps}, at least 1 is needed")
-    text = json.dumps(measure(options.device, options.steps), indent=2) + "\n"
-    if options.json is not None:
-        options.json.write_text(text)
-    else:
-        sys.stdout.write(text)
-    return 0
+    return run_part("onecast.runtime.bench.blocks_gpu", __doc__, _measure_part, argv)
+
+
+def _measure_part(asked: Asked, results: Results) -> None:
+    results.add(**measure(asked.device, asked.steps))
 
 
 def measure(device: str, steps: int) -> dict[str, list[Row]]:

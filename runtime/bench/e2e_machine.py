@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from onecast.runtime.weights import check_checkpoint, weights_dtype
 
 from .e2e_run import BLOCK_SIZE
 from .figures import Row
-from .gpu import nccl_refusal
+from .nccl import nccl_refusal
 from .synthetic import count_parameters
 
 
@@ -39,12 +39,19 @@ def describe_hardware() -> Row:
 
 def describe_versions() -> dict[str, str]:
     return {
-        "onecast": version("onecast"),
+        "onecast": _own_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "kernel": platform.release(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return version("onecast")
+    except PackageNotFoundError:
+        return "a checkout, not installed"
 
 
 def describe_model(path: Path, name: str, synthetic: str | None, device: str) -> Row:
