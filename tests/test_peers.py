@@ -170,7 +170,7 @@ class LostStore:
 
 def test_a_lost_store_is_told_of_and_takes_nothing_else_down(store, monkeypatch):
     board = Obituaries(store, 7, 0)
-    until(lambda: board._store is not None)
+    until(lambda: board._store is not None, 30)  # it resolves names
     monkeypatch.setattr(board, "_store", LostStore())
     until(lambda: board.silence is not None)
     assert board.silence == "the store of the process group is lost (connection reset by peer)"
