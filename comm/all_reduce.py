@@ -5,11 +5,11 @@ torch.distributed. Knows nothing of how ranks share memory.
 
     reducer = open_all_reduce(group)    # on every rank of the group
     reducer.all_reduce(tensor)          # likewise, with equal shapes and dtypes
+    rows = reducer.gather(tensor)       # likewise: all of them, side by side, on the first rank
     reducer.close()
 """
 
 import logging
-import math
 import weakref
 from typing import Protocol
 
@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .channel import DEFAULT_TIMEOUT_S
-from .endpoint import check_group, meeting_place
+from .endpoint import check_group, check_timeout, meeting_place
 from .errors import CannotShare
 from .peers import Peers
 from .probe import CollectiveProbe
+from .strides import refuse_overlap
 from .waiting import DEFAULT_SPIN, Cadence
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,17 @@ class AllReduce(Protocol):
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace `tensor` by the sum of what all ranks of the group brought, on each of them.
 
-        A collective call. Raises what torch.distributed raises, and through shared memory PeerLost,
+        A collective call. Raises ValueError, before anything is done, for a strided tensor on the
+        CPU that overlaps itself; what torch.distributed raises; and through shared memory PeerLost,
         Mismatch, AllReduceTimeout and Closed.
+        """
+
+    def gather(self, tensor: Tensor) -> Tensor | None:
+        """What all ranks of the group brought, joined along the last axis, on its first rank.
+
+        A collective call, with equal shapes `[..., n]` and dtypes; gives `[..., ranks * n]` on rank
+        0 of the group, in new memory, and None elsewhere. Raises what `all_reduce` does, and
+        ValueError for a tensor without an axis.
         """
 
     def close(self) -> None:
@@ -59,7 +69,13 @@ class ProcessGroupAllReduce:
         self._group = weakref.ref(group)  # it must go when it is destroyed
 
     def all_reduce(self, tensor: Tensor) -> None:
+        if is_dense_on_cpu(tensor):
+            refuse_overlap(tensor)
         reduce_through_group(tensor, self._group())
+
+    def gather(self, tensor: Tensor) -> Tensor | None:
+        check_axis(tensor)
+        return gather_through_group(tensor, self._group())
 
     def close(self) -> None:
         """There is nothing to give back."""
@@ -67,7 +83,7 @@ class ProcessGroupAllReduce:
 
 def reduce_through_group(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     """`dist.all_reduce`, whatever the strides: Gloo sums views with gaps wrongly."""
-    if not _is_dense_on_cpu(tensor) or (tensor.is_contiguous() and not tensor.is_neg()):
+    if not is_dense_on_cpu(tensor) or (tensor.is_contiguous() and not tensor.is_neg()):
         dist.all_reduce(tensor, group=group)
         return
     with torch.inference_mode():
@@ -76,7 +92,25 @@ def reduce_through_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Non
         tensor.detach().copy_(total)
 
 
-def _is_dense_on_cpu(tensor: Tensor) -> bool:
+def gather_through_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
+    """`dist.gather` to the first rank, joined along the last axis."""
+    tensor = tensor.detach().resolve_neg().contiguous()
+    if dist.get_rank(group) != 0:
+        dist.gather(tensor, group=group, group_dst=0)
+        return None
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.gather(tensor, parts, group=group, group_dst=0)
+    return torch.cat(parts, -1)
+
+
+def check_axis(tensor: Tensor) -> None:
+    """ValueError for a tensor that cannot be joined to others."""
+    if tensor.ndim == 0:
+        raise ValueError("gather joins along the last axis: a tensor of 0 axes has none")
+
+
+def is_dense_on_cpu(tensor: Tensor) -> bool:
+    """Whether its bytes can be read and written where they lie."""
     return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized
 
 
@@ -93,9 +127,10 @@ def open_all_reduce(
 
     A collective call: every rank of the group makes it, with equal arguments. "auto" takes shared
     memory where all ranks are on one host, can share, and have a group that takes CPU tensors.
-    Tensors of more than `max_bytes`, elsewhere than on the CPU, or of a dtype that is not in
-    `shared_all_reduce.SUMMED`, still go through the group. Shared memory takes 2 x `max_bytes` for
-    each rank.
+    Sums of more than `max_bytes`, elsewhere than on the CPU, or of a dtype that is not in
+    `shared_all_reduce.SUMMED`, still go through the group; a dtype that the group cannot sum is
+    refused by it at every size. What is gathered goes through shared memory row by row, up to rows
+    of `max_bytes`. Shared memory takes 2 x `max_bytes` for each rank.
 
     `probe` is told of what torch.distributed does not see. `timeout_s` bounds each wait for other
     ranks. `spin` is the share of a core that waiting for them may take, see `waiting.Cadence`.
@@ -105,8 +140,7 @@ def open_all_reduce(
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport is {transport!r}; there are: {', '.join(TRANSPORTS)}")
-    if not 0 < timeout_s < math.inf:
-        raise ValueError(f"timeout_s is {timeout_s}, it must be above 0 and finite")
+    check_timeout(timeout_s)
     if type(max_bytes) is not int or not 1 <= max_bytes < 1 << 62:
         raise ValueError(f"max_bytes is {max_bytes!r}, it must be an int of at least 1")
     Cadence(spin)  # refuses a share that cannot be before any rank has opened anything

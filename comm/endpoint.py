@@ -5,7 +5,6 @@ the probe is told. Knows nothing of bytes.
 """
 
 import logging
-import math
 import os
 import weakref
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from .errors import BrokenChannel, Closed, CommError
 from .probe import Probe
 
 log = logging.getLogger(__name__)
+
+MAX_TIMEOUT_S = 10**9  # 31 years: in nanoseconds it fits 64 bits, with the clock added
 
 
 class Endpoint:
@@ -39,8 +40,7 @@ class Endpoint:
     ) -> None:
         # Weak: a group belongs to torch.distributed, and must go when it is destroyed there.
         self._group_reference = weakref.ref(check_group(group, src))
-        if not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s is {timeout_s}, it must be above 0 and finite")
+        check_timeout(timeout_s)
         self.sequence = 0
         self.broadcasts = 0
         self.src = src
@@ -78,8 +78,8 @@ class Endpoint:
     def _wait_limit_s(self, timeout_s: float | None) -> float:
         if timeout_s is None:
             return self._timeout_s
-        if not 0 <= timeout_s < math.inf:
-            raise ValueError(f"timeout_s is {timeout_s}, it must be at least 0 and finite")
+        if not 0 <= timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"timeout_s is {timeout_s}, it must be from 0 to {MAX_TIMEOUT_S:,}")
         return timeout_s
 
     def _tell(
@@ -117,6 +117,14 @@ def at_end_of(
 def _unless_forked(pid: int, function: Callable[..., object], *arguments: object) -> None:
     if os.getpid() == pid:
         function(*arguments)
+
+
+def check_timeout(timeout_s: float) -> None:
+    """ValueError for a time that is not above 0, or no clock can count to."""
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(
+            f"timeout_s is {timeout_s}, it must be above 0 and at most {MAX_TIMEOUT_S:,}"
+        )
 
 
 def check_group(group: dist.ProcessGroup | None, src: int | None = None) -> dist.ProcessGroup:

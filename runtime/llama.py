@@ -55,14 +55,17 @@ class LlamaModel:
         *,
         group: dist.ProcessGroup | None,
         all_reduce: Callable[[Tensor], object] | None = None,
+        gather: Callable[[Tensor], Tensor | None] | None = None,
     ) -> None:
         """`group`: the ranks that share the model; None: all of it is here.
 
-        `all_reduce` sums a tensor over the group, in place; None: torch.distributed does.
+        `all_reduce` sums a tensor over the group, in place, and `gather` joins what its ranks have
+        along the last axis on its rank 0; None: torch.distributed does.
         """
         self.config = config
         self._group = group
         self._all_reduce = all_reduce
+        self._gather = gather
         self._rank = 0 if group is None else dist.get_rank(group)
         self._tp = 1 if group is None else dist.get_world_size(group)
         config.check_tensor_parallel(self._tp)
@@ -152,12 +155,16 @@ class LlamaModel:
         """Float32 logits `[R, vocab_size]` on rank 0 of the group, None elsewhere."""
         if self._tp == 1:
             return logits.float()
-        if self._rank != 0:
+        if self._gather is not None:
+            joined = self._gather(logits)
+        elif self._rank != 0:
             dist.gather(logits, group=self._group, group_dst=0)
             return None
-        parts = [torch.empty_like(logits) for _ in range(self._tp)]
-        dist.gather(logits, parts, group=self._group, group_dst=0)
-        return torch.cat(parts, -1)[:, : self.config.vocab_size].float()
+        else:
+            parts = [torch.empty_like(logits) for _ in range(self._tp)]
+            dist.gather(logits, parts, group=self._group, group_dst=0)
+            joined = torch.cat(parts, -1)
+        return None if joined is None else joined[:, : self.config.vocab_size].float()
 
     def _read_vocabulary(self, weights: Weights, name: str) -> Tensor:
         """This rank's rows of an embedding, zeros beyond the vocabulary."""

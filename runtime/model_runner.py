@@ -59,13 +59,15 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype | str = "auto",
     all_reduce: Callable[[Tensor], object] | None = None,
+    gather: Callable[[Tensor], Tensor | None] | None = None,
 ) -> ModelRunner:
     """Load this rank's part of a Hugging Face checkpoint of the Llama family.
 
     `group` holds the tensor-parallel ranks; None runs the whole model here. `dtype` "auto" is
     float32 on the CPU and the checkpoint's elsewhere. `all_reduce` sums a tensor over the group, in
-    place, as `onecast.comm.AllReduce` does; None: torch.distributed sums. Raises ValueError for a
-    checkpoint or a number of ranks that does not work.
+    place, and `gather` joins tensors on its first rank, as `onecast.comm.AllReduce` does; None:
+    torch.distributed does. Raises ValueError for a checkpoint or a number of ranks that does not
+    work.
     """
     from .llama import LlamaModel  # a model of one's own needs none of it
     from .weights import Weights
@@ -76,7 +78,7 @@ def load_model(
     with Weights(
         model_dir, config, device=device, dtype=compute_dtype(dtype, config, device)
     ) as weights:
-        return LlamaModel(config, weights, group=group, all_reduce=all_reduce)
+        return LlamaModel(config, weights, group=group, all_reduce=all_reduce, gather=gather)
 
 
 def compute_dtype(

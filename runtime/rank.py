@@ -83,6 +83,7 @@ def open_rank(
         device=device,
         dtype=config.dtype,
         all_reduce=None if reducer is None else reducer.all_reduce,
+        gather=None if reducer is None else reducer.gather,
     )
     kv_cache = _make_kv_cache(config, environment, model, device)
     channel = _open_channel(config, control_group, device, observer.probe)

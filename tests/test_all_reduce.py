@@ -150,8 +150,7 @@ def differ_from_gloo(rank: int, cases: list[Case]) -> list[Case]:
 
 
 def test_two_ranks_get_the_bits_that_gloo_gives() -> None:
-    summed_by_gloo = [case for case in draw_cases(80) if case[1] != "int16"]
-    assert run_ranks(differ_from_gloo, 2, summed_by_gloo) == [[], []]
+    assert run_ranks(differ_from_gloo, 2, draw_cases(80)) == [[], []]
 
 
 def leave_to_the_group(rank: int) -> list[int]:
@@ -455,7 +454,7 @@ def tell(rank: int) -> tuple[list[Any], list[Any]]:
     reducer.all_reduce(torch.zeros(2, 3))
     reducer.all_reduce(torch.zeros(100))  # torch.distributed sees it
     with pytest.raises(Mismatch):
-        reducer.all_reduce(torch.zeros(1 + rank, dtype=torch.int16))
+        reducer.all_reduce(torch.zeros(1 + rank, dtype=torch.int32))
     reducer.close()
     other = open_all_reduce(probe=failing)
     for _ in range(3):
@@ -469,7 +468,7 @@ def test_a_probe_is_told_of_what_the_group_does_not_carry() -> None:
         assert told == [
             ("all_reduce", 24, torch.float32),
             1,
-            ("all_reduce", 2 * (1 + rank), torch.int16),
+            ("all_reduce", 4 * (1 + rank), torch.int32),
             (3, "Mismatch"),
         ]
         assert failing == [("all_reduce", 4, torch.float32)], "it failed, and is removed"
@@ -533,3 +532,141 @@ def test_nothing_is_torn_or_lost_with_pauses_of_every_length() -> None:
 def test_nothing_is_torn_or_lost_for_long(ranks: int) -> None:
     numbers = run_ranks(stress, ranks, 12.0)
     assert len(set(numbers)) == 1 and numbers[0] >= 50
+
+
+def gather_cases(rank: int) -> list[int]:
+    """What each case took of the group's collectives; all are as torch.distributed joins them."""
+    ranks = dist.get_world_size()
+    reducer = open_all_reduce(max_bytes=1000)
+    used = []
+    for shape, dtype in (
+        ((3, 5), torch.float32),
+        ((7,), torch.bfloat16),
+        ((100, 24), torch.float64),  # in pieces of five rows
+        ((2, 3, 4), torch.uint8),
+        ((0, 5), torch.float32),
+        ((3, 0), torch.float32),
+        ((2, 251), torch.float32),  # a row is more than a slot
+    ):
+        generator = torch.Generator().manual_seed(rank)
+        tensor = torch.randint(0, 2, shape, generator=generator).to(dtype)
+        # Ranks need not agree about strides.
+        given = tensor.mT.contiguous().mT if rank and tensor.ndim > 1 else tensor
+        before = calls_of_group()
+        joined = reducer.gather(given)
+        used.append(calls_of_group() - before)
+        parts = [torch.empty_like(tensor) for _ in range(ranks)]
+        dist.all_gather(parts, tensor)
+        if rank == 0:
+            assert joined is not None and torch.equal(joined, torch.cat(parts, -1))
+            assert joined.is_contiguous()
+        else:
+            assert joined is None
+        total = torch.ones(3)
+        reducer.all_reduce(total)  # slots go on taking turns
+        assert total.tolist() == [ranks] * 3
+    reducer.close()
+    return used
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_first_rank_gets_what_all_brought_side_by_side(ranks: int) -> None:
+    assert run_ranks(gather_cases, ranks) == [[0, 0, 0, 0, 0, 0, 1]] * ranks
+
+
+def gather_again_and_again(rank: int) -> None:
+    """A rank that is early must not overwrite what the first has yet to read."""
+    reducer = open_all_reduce(max_bytes=4096)
+    chance = random.Random(rank)
+    for number in range(300):
+        if chance.random() < 0.1:
+            time.sleep(chance.random() / 1000)
+        joined = reducer.gather(torch.full((20, 512), number * 10 + rank))
+        if joined is not None:
+            assert joined[:, :512].eq(number * 10).all()
+            assert joined[:, 512:].eq(number * 10 + 1).all()
+    reducer.close()
+
+
+def test_what_is_gathered_is_whole_whoever_is_early() -> None:
+    run_ranks(gather_again_and_again, 2)
+
+
+def gather_unlike(rank: int) -> str:
+    reducer = open_all_reduce()
+    tensor = torch.zeros(2, 2)
+    with pytest.raises(Mismatch) as caught:
+        if rank:
+            reducer.gather(tensor)
+        else:
+            reducer.all_reduce(tensor)
+    joined = reducer.gather(torch.full((1,), rank))  # all have raised: they are in step
+    assert joined is None if rank else joined.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="0 axes"):
+        reducer.gather(torch.tensor(1.0))
+    reducer.close()
+    return str(caught.value)
+
+
+def test_who_gathers_while_another_sums_is_told_so() -> None:
+    texts = run_ranks(gather_unlike, 2)
+    told = "rank 0 brought 16 bytes of float32, rank 1 brought 16 bytes of float32 to be gathered"
+    assert [text.partition(": ")[2] for text in texts] == [told] * 2
+
+
+def refuse_overlapping(rank: int, transport: str) -> None:
+    reducer = open_all_reduce(transport=transport, max_bytes=1000)
+    line = torch.arange(10.0)
+    for overlapping in (
+        line[:1].expand(5),
+        line[:1].expand(5000),
+        line.unfold(0, 3, 1),
+        line.as_strided((3, 2), (2, 4)),
+        torch.zeros(1, dtype=torch.complex64).expand(5),
+    ):
+        if rank == 0:  # alone: nobody is waited for
+            with pytest.raises(ValueError, match="overlaps itself"):
+                reducer.all_reduce(overlapping)
+    assert line.tolist() == list(range(10))
+    apart = line.as_strided((3, 2), (2, 3))  # its strides interleave, its elements lie apart
+    reducer.all_reduce(apart)
+    assert line.tolist() == [0, 1, 4, 6, 8, 10, 6, 14, 8, 9]
+    reducer.close()
+
+
+@pytest.mark.parametrize("transport", ["shared-memory", "process-group"])
+def test_a_tensor_that_overlaps_itself_is_refused_before_anybody_is_waited_for(
+    transport: str,
+) -> None:
+    run_ranks(refuse_overlapping, 2, transport)
+
+
+def sum_int16(rank: int) -> list[str]:
+    texts = []
+    for transport in ("shared-memory", "process-group"):
+        reducer = open_all_reduce(transport=transport, max_bytes=1000)
+        for size in (3, 3000):
+            with pytest.raises(RuntimeError) as caught:
+                reducer.all_reduce(torch.ones(size, dtype=torch.int16))
+            texts.append(str(caught.value).partition("\n")[0])
+            with pytest.raises(RuntimeError):
+                reducer.gather(torch.ones(size, dtype=torch.int16))
+        reducer.close()
+    return texts
+
+
+def test_a_dtype_that_the_group_cannot_sum_is_refused_at_every_size_and_by_every_transport() -> (
+    None
+):
+    for texts in run_ranks(sum_int16, 2):
+        assert len(set(texts)) == 1, texts
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), 1e300, 10**400])
+def test_a_time_out_that_no_clock_counts_to_is_refused_at_once(timeout_s: float) -> None:
+    run_ranks(open_with_time_out, 1, timeout_s)
+
+
+def open_with_time_out(rank: int, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and at most 1,000,000,000"):
+        open_all_reduce(timeout_s=timeout_s)

@@ -162,6 +162,7 @@ def _onecast(
         group=None if alone else group,
         device="cpu",
         all_reduce=None if reducer is None else reducer.all_reduce,
+        gather=None if reducer is None else reducer.gather,
     )
     kv_cache = KVCache(
         model.cache_spec,
