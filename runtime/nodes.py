@@ -32,6 +32,7 @@ class Nodes:
     rdzv_endpoint: str | None = None  # host:port
     rdzv_id: str | None = None
     rdzv_backend: str | None = None  # None: static where the rank is given, else c10d
+    local_addr: str | None = None
     max_restarts: int = 0
 
     def __post_init__(self) -> None:
@@ -97,12 +98,20 @@ class Nodes:
             "run_id": self.rdzv_id or _DEFAULT_ID,
             "rdzv_backend": self.backend,
             "rdzv_endpoint": self.rdzv_endpoint,
-            "rdzv_configs": {"rank": self.node_rank, "timeout": timeout_s}
-            if self.backend == "static"
-            # A link that is down for less than that does not end the agent, which looks at the
-            # rendezvous all the time.
-            else {"join_timeout": timeout_s, "read_timeout": timeout_s},
+            "rdzv_configs": self._rendezvous_configs(timeout_s),
+            "local_addr": self.local_addr,
         }
+
+    def _rendezvous_configs(self, timeout_s: int) -> dict[str, Any]:
+        if self.backend == "static":
+            return {"rank": self.node_rank, "timeout": timeout_s}
+        # A link that is down for less than that does not end the agent, which looks at the
+        # rendezvous all the time.
+        configs: dict[str, Any] = {"join_timeout": timeout_s, "read_timeout": timeout_s}
+        assert self.rdzv_endpoint is not None
+        if self.local_addr == self.rdzv_endpoint.rpartition(":")[0]:
+            configs["is_host"] = True  # torch asks the name of the machine only
+        return configs
 
 
 def add_node_options(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +125,7 @@ def add_node_options(parser: argparse.ArgumentParser) -> None:
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet; with --node-rank: node 0")
     add("--rdzv-id", metavar="ID", help=f"the run's name, the same everywhere ({_DEFAULT_ID})")
     add("--rdzv-backend", choices=BACKENDS, help="static with --node-rank, else c10d")
+    add("--local-addr", metavar="HOST", help="this node as others reach it, if not by its name")
     add(
         "--max-restarts",
         type=int,
