@@ -107,7 +107,8 @@ def _measure(rank: int, plan: Plan) -> tuple[list[list[RecordedStep]], _Driven]:
     assert group is not None
     reducer = open_reducer(plan, group)
     timed = None if reducer is None else recorder.time_all_reduce(reducer.all_reduce)
-    model, kv_cache = load(plan, device, group, timed)
+    gather = None if reducer is None else reducer.gather
+    model, kv_cache = load(plan, device, group, timed, gather)
     channels = {name: open_turn_channel(name, device) for name in plan.channels}
     tokenizer = Tokenizer(plan.model)
     prompts = make_prompts(tokenizer, max(plan.batches))
@@ -164,9 +165,10 @@ def load(
     device: torch.device,
     group: dist.ProcessGroup,
     all_reduce: Callable[[torch.Tensor], object] | None,
+    gather: Callable[[torch.Tensor], torch.Tensor | None] | None,
 ) -> tuple[ModelRunner, KVCache]:
     """This rank's part of the model, and a cache for the largest batch; a collective call."""
-    model = load_model(plan.model, group=group, device=device, all_reduce=all_reduce)
+    model = load_model(plan.model, group=group, device=device, all_reduce=all_reduce, gather=gather)
     num_blocks = blocks_of(max(plan.batches), plan.drawn)
     kv_cache = KVCache(
         model.cache_spec,

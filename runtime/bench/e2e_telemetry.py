@@ -62,18 +62,18 @@ def launch(tp: int, channel: str, plan: Plan) -> list[ToggledTurn]:
 
 
 class _Sums:
-    """The model's all-reduce: the one that tells the session, or the one that does not."""
+    """The model's collectives: those that tell the session, or those that do not."""
 
     def __init__(self, reducers: dict[bool, AllReduce | None]) -> None:
         self._reducers = reducers
         self.all_reduce: Callable[[Tensor], object] | None = None
+        self.gather: Callable[[Tensor], Tensor | None] | None = None
         if reducers[True] is not None:
-            self.all_reduce = self._sum
-        self._sums: Callable[[Tensor], object] | None = None
+            self.all_reduce, self.gather = self._sum, self._gather
+        self._chosen: AllReduce | None = None
 
     def switch(self, on: bool) -> None:
-        reducer = self._reducers[on]
-        self._sums = None if reducer is None else reducer.all_reduce
+        self._chosen = self._reducers[on]
 
     def close(self) -> None:
         for reducer in self._reducers.values():
@@ -81,8 +81,12 @@ class _Sums:
                 reducer.close()
 
     def _sum(self, tensor: Tensor) -> None:
-        assert self._sums is not None
-        self._sums(tensor)
+        assert self._chosen is not None
+        self._chosen.all_reduce(tensor)
+
+    def _gather(self, tensor: Tensor) -> Tensor | None:
+        assert self._chosen is not None
+        return self._chosen.gather(tensor)
 
 
 class _Way(NamedTuple):
@@ -112,7 +116,7 @@ def _measure(rank: int, channel: str, plan: Plan) -> list[ToggledTurn]:
             for on, probe in ((True, session.collectives), (False, None))
         }
     )
-    model, kv_cache = load(plan, device, group, sums.all_reduce)
+    model, kv_cache = load(plan, device, group, sums.all_reduce, sums.gather)
     observers: dict[bool, Observer] = {True: session, False: NullObserver()}
     ways = {}
     for on, observer in observers.items():
