@@ -170,7 +170,7 @@ def describe_machine() -> list[str]:
             lines[0] += f", {count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
             from .bench.nccl import nccl_version
 
-            lines[0] += f", NCCL {'.'.join(map(str, nccl_version()))}"
+            lines[0] += f", NCCL {'.'.join(map(str, nccl_version())) or 'missing'}"
     for name in _ENVIRONMENT:
         lines.append(f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set")
     return lines

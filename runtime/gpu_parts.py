@@ -138,7 +138,7 @@ def _run(name: str, arguments: Sequence[str], folder: Path, budget_s: float) -> 
         code = process.wait(timeout=max(budget_s - GRACE_S, 0.1))
         return Ended(code, time.monotonic() - start, True)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then reports what it has
+        os.killpg(process.pid, signal.SIGINT)  # pytest and its workers then report what they have
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE_S)
         return Ended(-signal.SIGKILL, time.monotonic() - start, False)

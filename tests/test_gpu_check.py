@@ -380,7 +380,10 @@ def test_the_version_of_nccl_is_that_of_the_loaded_library(monkeypatch):
             return 0
 
     monkeypatch.setattr(nccl.ctypes, "CDLL", Library)
+    monkeypatch.setattr(nccl.dist, "is_nccl_available", lambda: True)
     assert nccl.nccl_version() == (2, 31, 2)
+    monkeypatch.setattr(nccl.dist, "is_nccl_available", lambda: False)
+    assert nccl.nccl_version() == ()
 
 
 def junit(*cases: str) -> str:

@@ -35,7 +35,9 @@ def nccl_refusal(ranks: int) -> str | None:
 
 
 def nccl_version() -> tuple[int, ...]:
-    """Of the library that is loaded: torch only knows which one it was built with."""
+    """Of the library that is loaded: torch only knows which one it was built with. () for none."""
+    if not dist.is_nccl_available():
+        return ()
     try:
         ask = ctypes.CDLL(None).ncclGetVersion
     except AttributeError:
