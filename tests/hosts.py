@@ -117,6 +117,20 @@ class TwoHosts:
     def listen(self, function: Callable[[], Any]) -> Any:
         return self._hosts[0].call(function, "net")
 
+    def on_network(self, host: int, function: Callable[[], Any]) -> Any:
+        """Call the function as a program that reaches what a host reaches; what it returns."""
+        return self._hosts[host].call(function, "net")
+
+    def addresses(self) -> list[str]:
+        return [host.address for host in self._hosts]
+
+    def cut(self, host: int) -> None:
+        """Take this end of the cable down: no packet passes until `mend`."""
+        self._hosts[host].run("ip", "link", "set", _LINK, "down")
+
+    def mend(self, host: int) -> None:
+        self._hosts[host].run("ip", "link", "set", _LINK, "up")
+
     def start(self, rank: int, function: Callable[[], None]) -> None:
         host = self._hosts[rank // self._ranks_per_host]
         # In the order of being entered: after the mounts the files of the others are not there.
