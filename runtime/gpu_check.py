@@ -35,7 +35,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .gpu_parts import NEEDED, PARTS, ROOT, TESTS, TOTAL_S, run_benchmark, run_tests
+from .gpu_parts import (
+    NEEDED,
+    PARTS,
+    ROOT,
+    TESTS,
+    TOTAL_S,
+    limit_of,
+    run_benchmark,
+    run_tests,
+)
 from .gpu_report import FAILED, NOT_RUN, OUT_OF_TIME, Outcome, print_report
 
 _INCOMPLETE = 3
@@ -119,18 +128,17 @@ def _run(
     options: argparse.Namespace, missing: Sequence[Missing], deadline: float
 ) -> Iterator[Outcome]:
     with tempfile.TemporaryDirectory(prefix="onecast-gpu-check-") as folder:
-        for name, part in PARTS.items():
-            if options.only and name not in options.only:
-                continue
+        chosen = [name for name in PARTS if not options.only or name in options.only]
+        for name in chosen:
             lacks = [one.what for one in missing if name in one.parts]
+            budget_s = limit_of(name, chosen, deadline - time.monotonic())
             if lacks:
                 yield Outcome(name, NOT_RUN, f"missing: {', '.join(lacks)}")
             elif name == TESTS:
-                budget_s = max(part.budget_s, deadline - time.monotonic())
                 yield run_tests(options.tests, Path(folder, "tests.xml"), budget_s)
             else:
                 result = Path(folder, f"{name}.json")
-                yield run_benchmark(name, options.device, options.steps, result)
+                yield run_benchmark(name, options.device, options.steps, result, budget_s)
 
 
 def find_missing(device: str) -> list[Missing]:

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from onecast.runtime.bench import (
     e2e,
@@ -410,6 +410,61 @@ def test_a_synthetic_model_is_made_once_whole_or_not_at_all(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         synthetic.synthetic_model("1b", tmp_path / "cache")
     assert [*(tmp_path / "cache").iterdir()] == [made]
+
+
+def test_weights_are_the_same_in_every_run_and_others_in_every_tensor():
+    once, again = (synthetic._draw("model.layers.0.mlp.up_proj.weight", (64, 32)) for _ in range(2))
+    other = synthetic._draw("model.layers.1.mlp.up_proj.weight", (64, 32))
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    assert synthetic._draw("model.norm.weight", (8,)).tolist() == [1.0] * 8
+
+
+def test_another_shape_is_another_directory(tmp_path, monkeypatch):
+    made = synthetic.synthetic_model("small", tmp_path)
+    monkeypatch.setitem(
+        synthetic.SHAPES, "small", {**synthetic.SHAPES["small"], "num_hidden_layers": 1}
+    )
+    assert synthetic.synthetic_model("small", tmp_path) != made
+
+
+def test_a_model_is_written_where_the_disk_just_holds_it(tmp_path, monkeypatch):
+    nbytes = 2 * 4_196_608
+    for free, fits in ((nbytes - 1, False), (nbytes, True)):
+        usage = shutil._ntuple_diskusage(1 << 40, 0, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if fits:
+            assert synthetic.synthetic_model("small", tmp_path).is_dir()
+            continue
+        with pytest.raises(ValueError, match=f"'small' are {nbytes:,} bytes; {free:,} are free"):
+            synthetic.synthetic_model("small", tmp_path)
+
+
+def test_whoever_was_quicker_has_made_the_model(tmp_path, monkeypatch):
+    made = synthetic.synthetic_model("small", tmp_path / "first")
+    target = tmp_path / "second" / made.name
+    write = synthetic._write_weights
+
+    def quicker(directory, config):
+        write(directory, config)
+        shutil.copytree(made, target)
+
+    monkeypatch.setattr(synthetic, "_write_weights", quicker)
+    assert synthetic.synthetic_model("small", tmp_path / "second") == target
+    shutil.rmtree(target)
+    monkeypatch.setattr(synthetic, "_write_weights", lambda *_: target.write_text("no directory"))
+    with pytest.raises(NotADirectoryError):
+        synthetic.synthetic_model("small", tmp_path / "second")
+
+
+def test_a_disk_that_is_full_by_then_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(synthetic, "save_file", full)
+    assert e2e.main(["--synthetic", "small", "--cache", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"onecast: --cache: {tmp_path}: I/O error: No space left on device (os error 28)"
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_shapes_are_those_of_the_models_they_are_named_after(tmp_path):

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
                 options.peer, chosen.model, drawn=amount.drawn, quick=options.quick
             )
             report["ratios"] += report["peers"]["ratios"]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"onecast: {error}", file=sys.stderr)
         return 2
     except TokensDiffer as difference:

@@ -21,6 +21,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
@@ -162,7 +163,10 @@ def _write_weights(directory: Path, config: ModelConfig) -> None:
         if len(shards) == 1:
             file = "model.safetensors"
         tensors = {name: _draw(name, shape) for name, shape in names.items()}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # also of a disk that is full by now
+            raise OSError(f"--cache: {directory.parent.parent}: {error}") from error
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         nbytes = _DTYPE.itemsize * count_parameters(config)
