@@ -3,12 +3,13 @@
 Owns each group's name entry, its numbers and the comparison with its own sequence number. Knows
 nothing of how a call is seen, nor of the Works that it returns.
 
-    recorded = numbers handed out + extra        issued = the group's sequence number now - base
+    recorded = numbers handed out - those of other ways + extra
+    issued   = the group's sequence number now - base
 
-`extra` corrects for calls that move the sequence number by another amount than 1 (2 for Gloo's
-reduce_scatter of two ranks, 0 for point-to-point with NCCL, 0 for what takes another way than the
-backend) and for calls that raised before anything was issued. Some backends have no sequence
-numbers: nothing can be said of their groups.
+What takes another way than the backend does not move the sequence number. `extra` corrects for
+calls that move it by another amount than 1 (2 for Gloo's reduce_scatter of two ranks, 0 for
+point-to-point with NCCL) and for calls that raised before anything was issued. Some backends have
+no sequence numbers: nothing can be said of their groups.
 """
 
 import itertools
@@ -71,11 +72,20 @@ class Group:
             zip(tickets, numbers, strict=False).__next__ if tickets is not None else None
             for numbers in (self._collectives, self._point_to_points)
         ]
+        # Of a collective that takes another way, which is counted apart in the same step: with a
+        # ticket, and without.
+        self._others = itertools.count(1)
+        numbers = self._collectives, self._others
+        self.next_other_number = zip(*numbers, strict=False).__next__
+        self.next_other_numbers = (
+            zip(tickets, *numbers, strict=False).__next__ if tickets is not None else None
+        )
 
     @property
     def recorded(self) -> int:
         """In units of the group's own sequence number."""
-        return _taken(self._collectives) + _taken(self._point_to_points) + self.extra
+        numbers = _taken(self._collectives) + _taken(self._point_to_points)
+        return numbers - _taken(self._others) + self.extra
 
     def issued(self) -> int | None:
         """None: the group is gone, or its backend does not count."""

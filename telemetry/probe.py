@@ -9,15 +9,27 @@ from collections.abc import Callable
 from .ring import FRAME, RingWriter, pack_meta
 
 _METADATA_BITS, _BYTES_BITS = 24, 40
+_MOST_BYTES, _MOST_BROADCASTS = (1 << _BYTES_BITS) - 1, 0x7FFF
+_MOST_METADATA, _MOST_NS = (1 << _METADATA_BITS) - 1, (1 << 38) - 1
 
 
 def pack_frame(
     frame_bytes: int, metadata_bytes: int, broadcasts: int, last_part_ns: int
 ) -> tuple[int, int]:
     """The words `nbytes` and `aux` of a FRAME record; what does not fit is capped."""
-    nbytes = min(frame_bytes, (1 << _BYTES_BITS) - 1) | min(broadcasts, 0x7FFF) << _BYTES_BITS
-    aux = min(metadata_bytes, (1 << _METADATA_BITS) - 1)
-    return nbytes, aux | min(last_part_ns, (1 << 38) - 1) << _METADATA_BITS
+    # Without min(): four calls are half a microsecond.
+    if frame_bytes > _MOST_BYTES:
+        frame_bytes = _MOST_BYTES
+    if broadcasts > _MOST_BROADCASTS:
+        broadcasts = _MOST_BROADCASTS
+    if metadata_bytes > _MOST_METADATA:
+        metadata_bytes = _MOST_METADATA
+    if last_part_ns > _MOST_NS:
+        last_part_ns = _MOST_NS
+    return (
+        frame_bytes | broadcasts << _BYTES_BITS,
+        metadata_bytes | last_part_ns << _METADATA_BITS,
+    )
 
 
 def unpack_frame(nbytes: int, aux: int) -> tuple[int, int, int, int]:
