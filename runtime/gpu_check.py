@@ -1,26 +1,7 @@
 """`onecast gpu-check`: every test and every benchmark that needs a GPU, and a short table last.
 
 Owns the command: what this machine lacks, in which order the parts run, the verdict and the JSON.
-It needs no more than the standard library to say what is missing, installs nothing, and runs from a
-bare checkout too:
-
-    PYTHONPATH=.links python -P -m onecast.runtime.gpu_check
-
-All of it takes less than eight minutes; see `gpu_parts` for who gets how many of them. The JSON is
-written anew after each part: what is known stays, whatever ends the command.
-
-The environment goes to every part as it is: several ranks of NCCL on one GPU need
-NCCL_MULTI_RANK_GPU_ENABLE=1 and a library that can do it (LD_PRELOAD); without, they are skipped.
-A machine that has torch but not msgspec, and no network, gets it as a wheel from elsewhere:
-
-    pip download --no-deps --only-binary=:all: --python-version 3.12 \\
-        --platform manylinux2014_x86_64 --dest wheels msgspec       # elsewhere
-    pip install --no-index --no-deps --target site wheels/*.whl     # there; PYTHONPATH=.links:site
-
-Exit status 0: all parts have run and all tests have passed, but for what was skipped for a reason
-that is printed; 1: something failed; 2: bad usage; 3: nothing failed, but parts did not run because
-this machine lacks what they need (a GPU, torch, pytest), or did not come to their end in time.
-Figures that are missed are printed so.
+It needs no more than the standard library to say what is missing, and installs nothing.
 """
 
 import argparse
@@ -52,6 +33,34 @@ _STEPS = 500
 _ENVIRONMENT = ("NCCL_MULTI_RANK_GPU_ENABLE", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES")
 
 
+_HELP = """\
+Run all tests and benchmarks that need a GPU, and print a short table last. From a bare checkout:
+
+    PYTHONPATH=.links python -P -m onecast.runtime.gpu_check
+
+All of it takes less than eight minutes: each part has its share of them, and what those before it left. The
+JSON is written anew after each part: what is known stays, whatever ends the command. The part e2e
+writes 2.5 GB of random weights, once, to `~/.cache/onecast`.
+
+The environment goes to every part as it is. Several ranks of NCCL on one GPU need NCCL 2.30, which
+may be another than torch's; without, the parts skip what they need several ranks for:
+
+    LD_PRELOAD=.../nvidia/nccl/lib/libnccl.so.2 NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 \\
+        NCCL_MAX_CTAS=4 onecast gpu-check              # of the package nvidia-nccl-cu13
+
+A machine that has torch but not msgspec, and no network, gets it as a wheel from elsewhere:
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 \\
+        --platform manylinux2014_x86_64 --dest wheels msgspec       # elsewhere
+    pip install --no-index --no-deps --target site wheels/*.whl     # there; PYTHONPATH=.links:site
+
+Exit status 0: all parts have run and all tests have passed, but for what was skipped for a reason
+that is printed; 1: something failed; 2: bad usage; 3: nothing failed, but parts did not run because
+this machine lacks what they need (a GPU, torch, pytest), or did not come to their end in time.
+Figures that are missed are printed so.
+"""
+
+
 class Missing(NamedTuple):
     """What this machine lacks; `parts` cannot run for it."""
 
@@ -69,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     for one in missing:
         print(f"MISSING: {one.what}; without it: no {', '.join(one.parts)}")
+    if any(one.what.startswith("the package") for one in missing):
+        print("How to bring a package to a machine without a network: see --help")
     sys.stdout.flush()
     outcomes = []
     for outcome in _run(options, missing, start + TOTAL_S):
@@ -90,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onecast gpu-check",
-        description=__doc__,
+        description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -22,6 +22,7 @@ from onecast.runtime.bench import (
     gpu_copies,
     gpu_part,
     gpu_profiler,
+    nccl,
     telemetry_gpu,
 )
 from onecast.runtime.bench.e2e_channels import CHANNELS
@@ -146,6 +147,7 @@ def test_what_is_missing_is_said_first_and_without_a_traceback(machine):
     said = lines[: lines.index("==== gpu-check")]
     assert f"MISSING: the package msgspec; without it: no {ALL_PARTS}" in said
     assert "MISSING: the package pytest; without it: no tests" in said
+    assert "How to bring a package to a machine without a network: see --help" in said
     assert lines[-1].startswith(f"gpu-check: NOT RUN ({ALL_PARTS}) (")
 
 
@@ -154,6 +156,19 @@ def test_torch_that_is_missing_is_said(machine):
     assert result.returncode == 3
     assert result.stderr == ""
     assert f"MISSING: torch (No module named 'torch'); without it: no {ALL_PARTS}" in result.stdout
+
+
+def test_the_results_say_which_gpu_and_which_nccl_they_are_of(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    for version, said in (((2, 31, 2), "2.31.2"), ((), "missing")):
+        monkeypatch.setattr(nccl, "nccl_version", lambda version=version: version)
+        line, *environment = gpu_check.describe_machine()
+        assert line.endswith(f", 2 x A GPU, CUDA 13.0, NCCL {said}")
+        assert "LD_PRELOAD=" in environment
 
 
 def test_it_imports_nothing_that_such_a_machine_lacks():

@@ -100,7 +100,7 @@ def _gather(bench: Bench, nbytes: int, steps: int) -> tuple[list[tuple[str, floa
     stop = bench.instrument(TIMED if on_gpu else ON_HOST)
     try:
         activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-        with profile(activities=[activity]) as profiler:
+        with profile(activities=[activity], acc_events=True) as profiler:
             for _ in range(steps):
                 if on_gpu:
                     torch.cuda._sleep(_SPIN_CYCLES)  # type: ignore[no-untyped-call]
