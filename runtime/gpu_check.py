@@ -38,9 +38,9 @@ Run all tests and benchmarks that need a GPU, and print a short table last. From
 
     PYTHONPATH=.links python -P -m onecast.runtime.gpu_check
 
-All of it takes less than eight minutes: each part has its share of them, and what those before it left. The
-JSON is written anew after each part: what is known stays, whatever ends the command. The part e2e
-writes 2.5 GB of random weights, once, to `~/.cache/onecast`.
+All of it takes less than eight minutes: each part has its share of them, and what those before it
+left. The JSON is written anew after each part: what is known stays, whatever ends the command. The
+part e2e writes 2.5 GB of random weights, once, to `~/.cache/onecast`.
 
 The environment goes to every part as it is. Several ranks of NCCL on one GPU need NCCL 2.30, which
 may be another than torch's; without, the parts skip what they need several ranks for:
