@@ -1,0 +1,196 @@
+"""Requests: what somebody who asked has to wait for."""
+
+from typing import Any
+
+from grafana_foundation_sdk.builders import dashboard as dashboards
+
+from .board import board, put, row
+from .panels import Limits, Query, figure, heat, lines
+from .promql import buckets, mean, quantile, ratio, select, sum_rate
+
+_TOTAL = "onecast_request_duration_seconds"
+_QUEUE = "onecast_request_queue_seconds"
+_FIRST = "onecast_request_time_to_first_token_seconds"
+_DRIVER: dict[str, Any] = {"rank": "0"}
+
+
+def build() -> dashboards.Dashboard:
+    return put(
+        board(
+            "requests",
+            "Requests",
+            """Queue time, time to the first token, time per further token, and how requests end. A
+            series moves when a request ends: what runs for minutes shows minutes later.""",
+        ),
+        row("Now"),
+        *_now(),
+        row("Latency"),
+        *_latency(),
+        row("Distributions"),
+        *_heat_maps(),
+        row("Load"),
+        *_load(),
+    )
+
+
+def _now() -> list[object]:
+    return [
+        figure(
+            "Requests",
+            sum_rate("onecast_requests_total"),
+            "reqps",
+            "That ended, per second. Falls while some wait: see Overview for what the steps do.",
+            decimals=1,
+            width=8,
+        ),
+        figure(
+            "First token, p50",
+            quantile(0.5, _FIRST),
+            "s",
+            """Queue and prompt together. If most of it is queue: more cache or more replicas; if
+            not: larger chunks for prompts (--max-batch-tokens).""",
+        ),
+        figure(
+            "First token, p99",
+            quantile(0.99, _FIRST),
+            "s",
+            """Far above the median: long prompts, or bursts. Follow an exemplar to the request's
+            span; its links lead to its steps.""",
+        ),
+        figure(
+            "Queue's share",
+            ratio(sum_rate(f"{_QUEUE}_sum"), sum_rate(f"{_TOTAL}_sum")),
+            "percentunit",
+            """Of the time of requests. A batch that is queued at once spends most of it here. For
+            a server: above a third, add capacity or refuse earlier.""",
+            limits=Limits(0.33, 0.66),
+            decimals=0,
+        ),
+        figure(
+            "Aborted or failed",
+            ratio(
+                "("
+                + sum_rate("onecast_requests_total", finish_reason="!~.*(stop|length).*")
+                + " or vector(0))",
+                sum_rate("onecast_requests_total"),
+            ),
+            "percentunit",
+            """Aborted by whoever asked, or failed. Above 0: the result lines, or the server's log,
+            have the reason.""",
+            limits=Limits(0.01, 0.05),
+            decimals=1,
+        ),
+    ]
+
+
+def _quantiles(histogram: str) -> list[Query]:
+    named = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))
+    return [Query(quantile(share, histogram), name) for share, name in named]
+
+
+def _latency() -> list[object]:
+    return [
+        lines(
+            "Time to the first token",
+            _quantiles(_FIRST),
+            "s",
+            """The points are requests with a trace. Rises with the queue: capacity. Rises alone:
+            prompts are longer or their chunks too small.""",
+            exemplars=True,
+            logarithmic=True,
+        ),
+        lines(
+            "Time in the queue",
+            _quantiles(_QUEUE),
+            "s",
+            """From arrival to the first step. Grows without end: more comes in than is answered;
+            refuse earlier or add a replica.""",
+            exemplars=True,
+            logarithmic=True,
+        ),
+        lines(
+            "Where a request's time goes, mean",
+            [
+                Query(mean(_QUEUE), "queue"),
+                Query(f"{mean(_FIRST)} - ({mean(_QUEUE)})", "prompt, to the first token"),
+                Query(f"{mean(_TOTAL)} - ({mean(_FIRST)})", "further tokens"),
+            ],
+            "s",
+            """Of the requests that ended. Treat the largest layer: queue - capacity; prompt -
+            chunk size and prefix cache; further tokens - the step's time, see Overview.""",
+            stacked=True,
+            width=24,
+        ),
+    ]
+
+
+def _heat_maps() -> list[object]:
+    return [
+        heat(
+            title,
+            buckets(histogram),
+            "s",
+            description,
+            exemplars=True,
+            width=12,
+        )
+        for title, histogram, description in (
+            (
+                "Time to the first token",
+                _FIRST,
+                """Two bands: short and long prompts, or a queue that comes and goes. Click a point
+                of the upper one.""",
+            ),
+            (
+                "Duration of requests",
+                _TOTAL,
+                """Spreads with the length of answers. A band that climbs at equal lengths: steps
+                became slower.""",
+            ),
+        )
+    ]
+
+
+def _load() -> list[object]:
+    return [
+        lines(
+            "Sequences",
+            [Query(f"sum by (state) ({select('onecast_sequences', **_DRIVER)})", "{{state}}")],
+            "short",
+            """waiting above 0 all the time: the engine is full. running below --max-batch-size
+            then: blocks are short, see KV cache.""",
+            width=8,
+        ),
+        lines(
+            "Requests that ended, by why",
+            [Query(sum_rate("onecast_requests_total", ("finish_reason",)), "{{finish_reason}}")],
+            "reqps",
+            """abort: whoever asked went away, perhaps after waiting too long. An error type: look
+            into the result lines.""",
+            stacked=True,
+            width=8,
+        ),
+        lines(
+            "Tokens of an answer, mean",
+            [
+                Query(
+                    ratio(
+                        sum_rate("onecast_tokens_total", kind="generated", **_DRIVER),
+                        sum_rate("onecast_requests_total", **_DRIVER),
+                    ),
+                    "generated",
+                ),
+                Query(
+                    ratio(
+                        sum_rate("onecast_tokens_total", kind="prompt", **_DRIVER),
+                        sum_rate("onecast_requests_total", **_DRIVER),
+                    ),
+                    "prompt",
+                ),
+            ],
+            "short",
+            """Explains durations: twice as long for answers twice as long is no fault. Exact only
+            over times longer than a request.""",
+            width=8,
+        ),
+    ]

@@ -1,0 +1,152 @@
+"""A run of the demo model under load, watched by a real Prometheus: what the pictures are of.
+
+Owns the batch, the processes and their end. The same load goes over three ways of sending a step
+one after the other, so that the boards show a difference: many broadcasts for a step, as before
+onecast; one for its frame; and shared memory.
+"""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SCRAPE_S = 1.0
+CHANNELS = ("two-broadcasts", "process-group", "shared-memory")
+_ROOT = Path(__file__).parents[2]
+_MODEL = _ROOT / "runtime" / "demo" / "checkpoint"
+_ENDS_S = 900.0
+_SYSTEM = "You are a scribe. Answer in the words of the old books, and be brief. " * 3
+_ASKED = (
+    "Who made the heaven and the earth?",
+    "What did the king say unto his servants?",
+    "Tell me of the flood.",
+    "And it came to pass in those days that",
+    "Where did they go when the morning was come?",
+)
+
+
+def prometheus_program() -> str:
+    """The path of Prometheus: installed, or unpacked by `make tools`. SystemExit without one."""
+    unpacked = str(_ROOT / "build" / "tools" / "usr" / "bin")
+    found = shutil.which("prometheus") or shutil.which("prometheus", path=unpacked)
+    if found is None:
+        raise SystemExit("prometheus is not here: `make tools` fetches Debian's package")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def prometheus(folder: Path, target: str) -> Iterator[str]:
+    """Scrapes `target` with exemplars until the block ends; gives its address."""
+    port = free_port()
+    config = folder / "prometheus.yml"
+    config.write_text(
+        f"global: {{scrape_interval: {SCRAPE_S:g}s, scrape_timeout: {SCRAPE_S:g}s}}\n"
+        "scrape_configs:\n"
+        f"  - {{job_name: onecast, static_configs: [{{targets: [{json.dumps(target)}]}}]}}\n"
+    )
+    options = (
+        f"--config.file={config}",
+        f"--storage.tsdb.path={folder / 'tsdb'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--enable-feature=exemplar-storage",
+    )
+    with (folder / "prometheus.log").open("wb") as log:
+        server = subprocess.Popen([prometheus_program(), *options], stdout=log, stderr=log)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait_until_ready(f"{address}/-/ready", server)
+        while not getter(address)("query", query="up")["result"]:  # it takes seconds to begin
+            time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _wait_until_ready(url: str, server: "subprocess.Popen[bytes]", timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"nothing answers at {url}") from None
+            time.sleep(0.1)
+
+
+def getter(address: str) -> Any:
+    """`data` of an answer of Prometheus' API, by path and parameters."""
+
+    def get(path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"{address}/api/v1/{path}?{query}", timeout=60) as answer:
+            return json.load(answer)["data"]
+
+    return get
+
+
+def write_batch(path: Path, requests: int, seed: int) -> Path:
+    """Short and long prompts, some with a common beginning, some asking for several answers."""
+    draw = random.Random(seed)
+    with path.open("w") as lines:
+        for number in range(requests):
+            asked = draw.choice(_ASKED)
+            prompt = (_SYSTEM if draw.random() < 0.5 else "") + asked * draw.choice((1, 1, 2, 9))
+            body = {
+                "model": "demo",
+                "prompt": prompt,
+                "max_tokens": draw.choice((8, 16, 32, 64, 96)),
+                "n": draw.choice((1, 1, 1, 2)),
+                "temperature": 0.8,
+            }
+            line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions"}
+            lines.write(json.dumps({**line, "body": body}) + "\n")
+    return path
+
+
+def run(folder: Path, port: int, requests: int, tp: int) -> tuple[float, float]:
+    """The load, once per way of sending a step; when it began and ended, by time.time()."""
+    began = time.time()
+    for number, channel in enumerate(CHANNELS):
+        batch = write_batch(folder / f"{channel}.jsonl", requests, seed=number)
+        options = {
+            "--model": _MODEL,
+            "--input": batch,
+            "--output": folder / f"{channel}.out.jsonl",
+            "--tp": tp,
+            "--channel": channel,
+            "--metrics-port": port,
+            "--trace": folder / f"{channel}.trace.json",
+            "--num-blocks": 80,
+            "--num-host-blocks": 160,
+            "--max-batch-size": 24,
+        }
+        command = [sys.executable, "-P", "-c", "from onecast.runtime.cli import main; main()"]
+        command += ["generate", *(f"{name}={value}" for name, value in options.items())]
+        subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ONECAST_TRACE_ONE_IN": "50"},
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=_ENDS_S,
+            cwd=folder,
+        )
+    return began, time.time()
