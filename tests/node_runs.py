@@ -3,7 +3,7 @@
 with NodeRun(hosts, folder, "torchrun", batch, output, "--timeout-s=3") as run:
     hosts.cut(1)
     ...
-    assert run.finish() == [0, 0], run.texts()
+    assert run.finish() == [0, 0], run.story()
 """
 
 import os
@@ -17,7 +17,6 @@ from hosts import TwoHosts
 
 PORT = 29500  # of the rendezvous: the hosts' networks are theirs alone
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-LAUNCHERS = ("torchrun", "onecast", "onecast c10d")
 
 
 class NodeRun:
@@ -59,6 +58,10 @@ class NodeRun:
     def texts(self) -> list[str]:
         """What each node has said so far."""
         return [log.read_text(errors="replace") for log in self._logs]
+
+    def story(self) -> str:
+        """The same, for a person."""
+        return "\n".join(f"node {node}:\n{text}" for node, text in enumerate(self.texts()))
 
     def runs(self) -> bool:
         return all(process.poll() is None for process in self._processes.values())
