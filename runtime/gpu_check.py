@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "parts": [one._asdict() for one in outcomes],
             }
             options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.report is not None:
+        _write_pages(outcomes, options.report)
     note = "" if options.device == "cuda" else ", tried out on the CPU"
     print_report(outcomes, f" ({time.monotonic() - start:.0f} s{note})")
     states = {outcome.state for outcome in outcomes}
@@ -106,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json", type=_new_file, metavar="FILE", help="also write the results there"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="also write the pages of the part e2e there"
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the command out"
@@ -150,6 +155,14 @@ def _run(
             else:
                 result = Path(folder, f"{name}.json")
                 yield run_benchmark(name, options.device, options.steps, result, budget_s)
+
+
+def _write_pages(outcomes: Sequence[Outcome], folder: Path) -> None:
+    """One for each number of ranks; none where the part has not run."""
+    for report in (report for outcome in outcomes for report in outcome.reports):
+        from .bench.e2e_page import write_report
+
+        print(write_report(report, folder / f"tp{max(report['plan']['tp'])}"))
 
 
 def find_missing(device: str) -> list[Missing]:

@@ -17,7 +17,6 @@ from onecast.runtime import cli, gpu_check, gpu_parts
 from onecast.runtime.bench import (
     blocks_gpu,
     e2e_gpu,
-    e2e_page,
     gpu,
     gpu_copies,
     gpu_part,
@@ -75,7 +74,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 @pytest.mark.slow
 def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_path):
     path = tmp_path / "report.json"
-    arguments = ("--device=cpu", "--steps=3", f"--json={path}")
+    pages = tmp_path / "pages"
+    arguments = ("--device=cpu", "--steps=3", f"--json={path}", f"--report={pages}")
     result = machine.run("onecast.runtime.gpu_check", *arguments, without=NOT_THERE)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1].startswith("gpu-check: ok")
@@ -123,8 +123,8 @@ def test_it_runs_from_a_bare_checkout_with_little_more_than_torch(machine, tmp_p
     assert alone["model"]["synthetic"] == sharing["model"]["synthetic"] == "small"
     shown = {(row["method"], row["metric"]) for row in parts["e2e"]["rows"]}
     assert shown == {(channel, metric) for channel in CHANNELS for metric in e2e_gpu.SHOWN}
-    for report in (alone, sharing):
-        assert "e2e.html" == e2e_page.write_report(report, tmp_path / "page").name
+    for name in ("tp1", "tp2"):
+        assert "synthetic small" in (pages / name / "e2e.html").read_text()
 
 
 def test_a_part_runs_from_a_bare_checkout(machine, tmp_path):
@@ -322,6 +322,18 @@ def test_what_is_known_is_written_whatever_ends_the_command(tmp_path, monkeypatc
         gpu_check.main(["--device=cpu", "--only=copies", "--only=blocks", f"--json={path}"])
     (part,) = json.loads(path.read_text())["parts"]
     assert part["part"] == "copies"
+
+
+def test_the_end_to_end_part_has_a_page_for_each_number_of_ranks(capfd, tmp_path, monkeypatch):
+    reports = [{"plan": {"tp": [tp]}, "command": f"onecast of {tp}"} for tp in (1, 2)]
+    found = [Outcome("copies", "passed", ""), Outcome("e2e", "passed", "", reports=reports)]
+    outcomes = iter(found)
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *_: next(outcomes))
+    arguments = ["--device=cpu", "--only=copies", "--only=e2e", f"--report={tmp_path / 'pages'}"]
+    assert gpu_check.main(arguments) == 0
+    assert capfd.readouterr().out.splitlines()[-1].startswith("gpu-check: ok")
+    for tp in (1, 2):
+        assert f"onecast of {tp}" in (tmp_path / "pages" / f"tp{tp}" / "e2e.html").read_text()
 
 
 def test_a_benchmark_that_ends_badly_fails_with_what_it_had(capfd, slow_python):
