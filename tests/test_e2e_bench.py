@@ -496,6 +496,9 @@ def test_what_cannot_run_here_is_refused_in_one_line(tmp_path, capsys, monkeypat
     assert (
         "need 12,002,304 bytes" in refused("--batch", "1") and "machine has 1,048,576" in refused()
     )
+    assert "bytes of torch.float32 weights" in refused("--synthetic", "8b", *cache)
+    assert [*tmp_path.iterdir()] == []  # it was not written first
+    monkeypatch.setattr(e2e_machine, "available_host_bytes", lambda: 1 << 50)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
     assert "the weights of '8b' are 16,060,522,496 bytes; 1,000 are free" in refused(
         "--synthetic", "8b", *cache

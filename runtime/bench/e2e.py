@@ -9,14 +9,20 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from onecast.comm.all_reduce import TRANSPORTS
+from onecast.runtime.model_config import ModelConfig
+from onecast.runtime.model_runner import compute_dtype
 
 from . import peers
 from .e2e_channels import CHANNELS
-from .e2e_measure import BATCHES, DEMO, Amount, Chosen, measure
+from .e2e_machine import check_config
+from .e2e_measure import BATCHES, DEMO, Amount, Chosen, measure, room_of
 from .e2e_rows import TokensDiffer
 from .e2e_tables import print_report
 from .synthetic import SHAPES, default_cache, synthetic_model
@@ -33,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     given = {"batches": options.batch, "drawn": options.drawn, "rounds": options.rounds}
     amount = amount._replace(**{name: value for name, value in given.items() if value is not None})
     try:
-        chosen = _choose(options, shlex.join(["onecast", "bench", "e2e", *argv]))
+        chosen = _choose(options, amount, shlex.join(["onecast", "bench", "e2e", *argv]))
         report = measure(chosen, amount)
         if options.peer:
             print(f"peers: {', '.join(options.peer)}", file=sys.stderr, flush=True)
@@ -103,16 +109,18 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,8") from None
 
 
-def _choose(options: argparse.Namespace, command: str) -> Chosen:
-    """ValueError for a channel or a model that there is not, or a disk that is full."""
+def _choose(options: argparse.Namespace, amount: Amount, command: str) -> Chosen:
+    """ValueError for a channel or a model that there is not, or that does not fit here."""
     names = tuple(CHANNELS) if options.channels == "all" else tuple(options.channels.split(","))
     for name in names:
         if name not in CHANNELS:
             raise ValueError(f"--channels: {name!r} is none of {', '.join(CHANNELS)}")
     channels = tuple(name for name in CHANNELS if name in names)
     if options.synthetic is not None:
-        model, name = synthetic_model(options.synthetic, options.cache), options.synthetic
-        name = f"synthetic {name}"
+        model = synthetic_model(
+            options.synthetic, options.cache, partial(_check_synthetic, options, amount)
+        )
+        name = f"synthetic {options.synthetic}"
     elif options.model is not None:
         model, name = options.model, options.model.resolve().name
     else:
@@ -127,3 +135,11 @@ def _choose(options: argparse.Namespace, command: str) -> Chosen:
         options.all_reduce,
         command,
     )
+
+
+def _check_synthetic(options: argparse.Namespace, amount: Amount, config: ModelConfig) -> None:
+    """Before gigabytes are written for a model that cannot run here."""
+    dtype = compute_dtype("auto", config, torch.device(options.device))
+    assert dtype is not None, "the shapes of synthetic models name their dtype"
+    for tp in options.tp:
+        check_config(config, dtype, options.device, tp, *room_of(amount))

@@ -73,11 +73,18 @@ def describe_model(path: Path, name: str, synthetic: str | None, device: str) ->
 
 
 def check_model(path: Path, device: str, tp: int, context: int, num_blocks: int) -> None:
-    """ValueError, in one line: the model is none, or cannot run so here.
+    """ValueError, in one line: the model is none, or cannot run so here; see `check_config`."""
+    config = ModelConfig.from_dir(path)
+    check_config(config, _dtype(path, config, device), device, tp, context, num_blocks)
+
+
+def check_config(
+    config: ModelConfig, dtype: torch.dtype, device: str, tp: int, context: int, num_blocks: int
+) -> None:
+    """ValueError, in one line: a model of that shape, computed in `dtype`, cannot run so here.
 
     `context`: tokens of the longest sequence. `num_blocks` of 16 tokens are each rank's cache.
     """
-    config = ModelConfig.from_dir(path)
     config.check_tensor_parallel(tp)
     if context > config.max_position_embeddings:
         raise ValueError(
@@ -90,7 +97,6 @@ def check_model(path: Path, device: str, tp: int, context: int, num_blocks: int)
         if refusal is not None:
             raise ValueError(f"--device cuda, --tp {tp}: {refusal}")
         ranks = -(-tp // torch.cuda.device_count())
-    dtype = _dtype(path, config, device)
     spec = CacheSpec(config.num_layers, config.kv_heads_per_rank(tp), config.head_dim, dtype)
     weights = count_parameters(config) * dtype.itemsize // tp
     blocks = num_blocks * KVCache.bytes_per_block(spec, BLOCK_SIZE)

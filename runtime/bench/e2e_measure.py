@@ -75,8 +75,7 @@ def measure(chosen: Chosen, amount: Amount, timeout_s: float = 3600.0) -> Row:
         timeout_s,
     )
     for tp in chosen.tp:
-        blocks = blocks_of(max(plan.batches), plan.drawn)
-        check_model(chosen.model, chosen.device, tp, MOST + plan.drawn, blocks)
+        check_model(chosen.model, chosen.device, tp, *room_of(amount))
     seen = _launch_all(chosen, amount, plan)
     turns = [turn for one in seen.turns for turn in one]
     ablation = make_ablation(seen.ablation) if seen.ablation else None
@@ -112,6 +111,11 @@ def measure(chosen: Chosen, amount: Amount, timeout_s: float = 3600.0) -> Row:
     targets = chosen.model == DEMO and chosen.device == "cpu"
     report["ratios"] = make_ratios(seen, targets)
     return report
+
+
+def room_of(amount: Amount) -> tuple[int, int]:
+    """Tokens of the longest sequence, and blocks of each rank's cache."""
+    return MOST + amount.drawn, blocks_of(max(amount.batches), amount.drawn)
 
 
 def _launch_all(chosen: Chosen, amount: Amount, plan: Plan) -> Seen:

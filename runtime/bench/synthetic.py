@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,14 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onecast"
 
 
-def synthetic_model(name: str, cache: Path) -> Path:
+def synthetic_model(
+    name: str, cache: Path, check: Callable[[ModelConfig], None] | None = None
+) -> Path:
     """The directory of that checkpoint in `cache`, written there if it is not.
 
     Complete or not there at all, whoever is interrupted, and whoever else writes it at the same
-    time. ValueError for a name that is none, and where the disk does not hold it; OSError.
+    time. `check` is called before anything is written, and may raise ValueError. ValueError for a
+    name that is none, and where the disk does not hold it; OSError.
     """
     if name not in SHAPES:
         raise ValueError(f"--synthetic: {name!r} is none of {', '.join(SHAPES)}")
@@ -115,6 +118,8 @@ def synthetic_model(name: str, cache: Path) -> Path:
         unfinished.mkdir()
         (unfinished / "config.json").write_text(text)
         config = ModelConfig.from_dir(unfinished)
+        if check is not None:
+            check(config)
         nbytes = _DTYPE.itemsize * count_parameters(config)
         free = shutil.disk_usage(cache).free
         if nbytes > free:
