@@ -10,10 +10,11 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from .config import add_run_options, run_config
+from .config import EngineConfig, RunConfig, add_run_options
 from .nodes import add_node_options, nodes_of
+from .serve_config import ServeConfig, add_serve_options
 
-BENCHES = ("comm", "telemetry", "blocks", "step", "e2e")
+BENCHES = ("comm", "telemetry", "blocks", "step", "e2e", "nodes")
 
 # For any torch.distributed program: command, its module in onecast.telemetry, what it does.
 _TELEMETRY = {
@@ -38,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_run_options(generate)
     add_node_options(generate)
+    serve = commands.add_parser(
+        "serve",
+        help="answer OpenAI requests over HTTP",
+        description="Serve a Hugging Face model directory by OpenAI's HTTP API.",
+    )
+    add_serve_options(serve)
+    add_node_options(serve)
     demo = commands.add_parser(
         "demo",
         help="answer the shipped batch with the shipped checkpoint",
@@ -74,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.trace = None
         from .launch import launch  # torch: not needed to answer --help
 
-        return launch(run_config(options), nodes_of(options))
+        kind: type[EngineConfig] = ServeConfig if options.command == "serve" else RunConfig
+        return launch(kind.from_options(options), nodes_of(options))
     except (ValueError, OSError) as error:
         print(f"onecast: {error}", file=sys.stderr)
         return 2

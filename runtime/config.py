@@ -1,16 +1,17 @@
 """The settings of one run: read once from the command line, checked once, then frozen.
 
-Owns the options of `onecast generate` and of the worker (they are the same: the launcher hands
-its own on), their limits, and the only reading of environment variables in the runtime. Knows
-nothing of torch, so that a wrong option is answered in milliseconds.
+Owns the options of an engine, those of `onecast generate` around it and of the worker (they are the
+same: the launcher hands its own on), their limits, and the only reading of environment variables in
+the runtime. Knows nothing of torch, so that a wrong option is answered in milliseconds.
 """
 
 import argparse
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # These repeat what onecast.comm says, which would bring torch along; a test holds them equal.
@@ -21,13 +22,14 @@ ALL_REDUCES = ("auto", "shared-memory", "process-group")
 DEFAULT_SPIN = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class RunConfig:
-    """What one run of `onecast generate` does. Sizes are per rank."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Model, ranks, memory, channels and telemetry of one run, whatever feeds it. Sizes are per
+    rank."""
+
+    MODE: ClassVar[tuple[str, ...]] = ()  # what the worker's command line begins with
 
     model: Path
-    input: Path
-    output: Path
     tp: int = 1
     device: str = "cpu"
     dtype: str = "auto"
@@ -43,29 +45,17 @@ class RunConfig:
     no_chunked_prefill: bool = False
     no_prefix_caching: bool = False
     no_overlap: bool = False
-    resume: bool = False
-    overwrite: bool = False
     timeout_s: float = 120.0
     join_timeout_s: float = 600.0
     no_telemetry: bool = False
     metrics_host: str | None = None  # None, here and below: as the environment says
     metrics_port: int | None = None
     trace: Path | None = None
-    show: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{_flag(name)}: {value} is below {least}")
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            if value is not None and value > most:
-                raise ValueError(f"{_flag(name)}: {value} is above {most}")
+        self.check_range(_LEAST, _MOST)
         if self.all_reduce == "shared-memory" and self.device != "cpu":
             raise ValueError(f"--all-reduce: shared-memory needs --device cpu, not {self.device}")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite contradict each other: choose one")
         if self.no_telemetry and self.trace is not None:
             raise ValueError("--trace needs telemetry: leave out --no-telemetry")
 
@@ -79,13 +69,30 @@ class RunConfig:
             )
         return self.max_model_len
 
-    def resumed(self) -> "RunConfig":
+    def check_range(self, least: Mapping[str, float], most: Mapping[str, float]) -> None:
+        """ValueError, naming option, value and limit, for a field out of its range."""
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= limit:
+                raise ValueError(f"{_flag(name)}: {value} is below {limit}")
+        for name, limit in most.items():
+            value = getattr(self, name)
+            if value is not None and value > limit:
+                raise ValueError(f"{_flag(name)}: {value} is above {limit}")
+
+    def resumed(self) -> Self:
         """What a run goes on with when its ranks are started again: nothing done is done twice."""
-        return dataclasses.replace(self, resume=True, overwrite=False)
+        return self
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Self:
+        """The checked configuration; ValueError names the option, its value and the limit."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in vars(options).items() if name in names})
 
     def to_argv(self) -> list[str]:
         """The options that make an equal configuration, for the worker processes."""
-        argv: list[str] = []
+        argv: list[str] = [*self.MODE]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool):
@@ -93,6 +100,26 @@ class RunConfig:
             elif value is not None:
                 argv += [f"{_flag(field.name)}={value}"]
         return argv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig(EngineConfig):
+    """What one run of `onecast generate` does."""
+
+    input: Path
+    output: Path
+    resume: bool = False
+    overwrite: bool = False
+    show: int = 0
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)  # a class with slots has no super() here
+        self.check_range({"show": 0}, {})
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite contradict each other: choose one")
+
+    def resumed(self) -> "RunConfig":
+        return dataclasses.replace(self, resume=True, overwrite=False)
 
 
 _LEAST: dict[str, float] = {
@@ -107,7 +134,6 @@ _LEAST: dict[str, float] = {
     "timeout_s": 1,
     "join_timeout_s": 1,
     "metrics_port": 0,
-    "show": 0,
 }
 
 _MOST: dict[str, float] = {
@@ -126,27 +152,47 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add every option of `RunConfig`; `defaults` replace those of the dataclass."""
-    known: dict[str, Any] = {
-        field.name: field.default
-        for field in dataclasses.fields(RunConfig)
-        if field.default is not dataclasses.MISSING
-    } | defaults
+class OptionAdder:
+    """Adds the fields of a configuration to a parser, as options; `defaults` replace its own."""
 
-    def option(name: str, help_text: str, **kwargs: Any) -> None:
-        if name in known:
-            kwargs["default"] = known[name]
+    def __init__(
+        self, parser: argparse.ArgumentParser, config: type[EngineConfig], **defaults: Any
+    ) -> None:
+        self._parser = parser
+        self._known: dict[str, Any] = {
+            field.name: field.default
+            for field in dataclasses.fields(config)
+            if field.default is not dataclasses.MISSING
+        } | defaults
+
+    def option(self, name: str, help_text: str, **kwargs: Any) -> None:
+        if name in self._known:
+            kwargs["default"] = self._known[name]
         else:
             kwargs["required"] = True
-        parser.add_argument(_flag(name), help=help_text, **kwargs)
+        self._parser.add_argument(_flag(name), help=help_text, **kwargs)
 
-    def switch(name: str, help_text: str) -> None:
-        parser.add_argument(_flag(name), action="store_true", help=help_text, default=known[name])
+    def switch(self, name: str, help_text: str) -> None:
+        self._parser.add_argument(
+            _flag(name), action="store_true", help=help_text, default=self._known[name]
+        )
 
+
+def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add every option of `RunConfig`; `defaults` replace those of the dataclass."""
+    add = OptionAdder(parser, RunConfig, **defaults)
+    add.option("input", "OpenAI batch file (JSONL)", type=Path, metavar="FILE")
+    add.option("output", "where the result lines go (JSONL)", type=Path, metavar="FILE")
+    add_engine_options(add)
+    add.switch("resume", "keep the results that are there and finish the rest")
+    add.switch("overwrite", "replace an existing output file")
+    add.option("show", "print this many prompts with their completions at the end", type=int)
+
+
+def add_engine_options(add: OptionAdder) -> None:
+    """Add every option of `EngineConfig`."""
+    option, switch = add.option, add.switch
     option("model", "Hugging Face model directory", type=Path, metavar="DIR")
-    option("input", "OpenAI batch file (JSONL)", type=Path, metavar="FILE")
-    option("output", "where the result lines go (JSONL)", type=Path, metavar="FILE")
     option("tp", "tensor-parallel ranks (%(default)s)", type=int, metavar="N")
     option("device", "cpu or cuda (%(default)s)", choices=("cpu", "cuda"))
     option(
@@ -179,8 +225,6 @@ def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     switch("no_chunked_prefill", "never split a prompt over several steps")
     switch("no_prefix_caching", "compute all of a prompt, even where the cache has its beginning")
     switch("no_overlap", "do not plan a step before the one ahead of it is done")
-    switch("resume", "keep the results that are there and finish the rest")
-    switch("overwrite", "replace an existing output file")
     option("timeout_s", "longest wait for another rank, in seconds (%(default)s)", type=float)
     option(
         "join_timeout_s",
@@ -192,13 +236,6 @@ def add_run_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     option("metrics_host", "address to serve /metrics on (127.0.0.1)", metavar="HOST")
     option("metrics_port", "port to serve /metrics on; 0: any free one (0)", type=int)
     option("trace", "trace file for Jaeger's and Perfetto's pages", type=Path, metavar="FILE")
-    option("show", "print this many prompts with their completions at the end", type=int)
-
-
-def run_config(options: argparse.Namespace) -> RunConfig:
-    """The checked configuration; ValueError names the option, its value and the limit."""
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    return RunConfig(**{name: value for name, value in vars(options).items() if name in names})
 
 
 @dataclass(frozen=True, slots=True)

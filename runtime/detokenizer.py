@@ -54,19 +54,29 @@ class Detokenizer:
         return text[: min(matches)[1]] if matches else text
 
 
-def text_offsets(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
-    """For each token, how many complete characters the text before it has.
+class SettledText:
+    """The beginning of a sequence's text that no later token can change, in `text`."""
 
-    Tokens that share a character have the same offset, and so have those that show nothing.
-    """
-    decoder = _decoder(tokenizer)
-    offsets = []
-    num_settled = 0
-    for token_id in token_ids:
-        offsets.append(num_settled + len(decoder.unsettled()))
-        if not tokenizer.is_silent(token_id):
-            num_settled += len(decoder.push(token_id))
-    return offsets
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = _decoder(tokenizer)
+        self.text = ""
+
+    def add(self, token_id: int) -> int:
+        """Take the next token; returns how many complete characters the text before it has.
+
+        Tokens that share a character have the same offset, and so have those that show nothing.
+        """
+        offset = len(self.text) + len(self._decoder.unsettled())
+        if not self._tokenizer.is_silent(token_id):
+            self.text += self._decoder.push(token_id)
+        return offset
+
+
+def text_offsets(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """For each token, how many complete characters the text before it has."""
+    text = SettledText(tokenizer)
+    return [text.add(token_id) for token_id in token_ids]
 
 
 class _Decoder(Protocol):

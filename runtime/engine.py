@@ -14,6 +14,7 @@ Owns the order of these and the texts of sequences that end. Knows nothing of fi
 formats.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,10 @@ from .sampling import Sampler
 from .scheduler import Scheduler
 from .step import StepPlan
 from .tokenizer import Tokenizer
+
+# Between two times that the values are published, which takes 12 us: short steps would feel it, and
+# whoever reads them comes once a second at most. After the last step they are exact.
+_VALUES_NS = 10_000_000
 
 
 @dataclass(slots=True)
@@ -77,8 +82,10 @@ class Engine:
         self._builder = InputBuilder(scheduler.config) if builder is None else builder
         self._overlap = overlap
         self._draft: _Draft | None = None
+        self._resting = False
         self._log = None if observer.requests is None else RequestLog(observer.requests)
         self._num_requests = 0
+        self._values_due_ns = 0
         self._texts: dict[Sequence, Detokenizer] = {}  # of sequences with stop strings
 
     def add(self, request: Request) -> None:
@@ -99,6 +106,7 @@ class Engine:
             self._texts.pop(sequence, None)
         if ended and self._log is not None:
             self._log.aborted(ended[0].request)
+        self._publish_values()  # there may be no step for a while
 
     @property
     def has_unfinished(self) -> bool:
@@ -117,7 +125,32 @@ class Engine:
                 self._log.failed(error)
             raise
 
+    def rest(self) -> None:
+        """Tell the followers that there is nothing to do; again for a sign of life.
+
+        There must be nothing unfinished. The first time takes a step's number, in which nobody does
+        anything: so how long followers wait for requests is in no step's time. `step` ends it.
+        """
+        if self._resting:
+            self._channel.publish({"idle": True}).release()
+            return
+        draft, self._draft = self._draft, None
+        if draft is not None:  # of sequences that have ended, but blocks may be left to move
+            self.scheduler.prune(draft.plan)
+            if not draft.plan.empty:
+                self._draft = _Draft(draft.plan, self._builder.build(draft.plan))
+                self.step()
+        with self._channel.publish({"idle": True, "step": self.scheduler.skip()}) as frame:
+            self.frames.count += 1
+            self.frames.frame_bytes += frame.nbytes
+            self.frames.metadata_bytes += frame.metadata_bytes
+        self._resting = True
+        self._publish_values()
+
     def _run_step(self) -> list[tuple[Sequence, str]]:
+        if self._resting:
+            self._resting = False
+            self._channel.publish({"idle": False}).release()
         scheduler, observer = self.scheduler, self._observer
         number = self.frames.count
         with observer.step(number) as observed:
@@ -148,7 +181,10 @@ class Engine:
                 finished = self._take_texts(plan, ended)
                 if self._log is not None:
                     self._log.committed(plan)
-        self._publish_values()
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._values_due_ns or not scheduler.has_unfinished:
+            self._values_due_ns = now_ns + _VALUES_NS
+            self._publish_values()
         return finished
 
     def _next_step(self) -> tuple[StepPlan, dict[str, Any]]:

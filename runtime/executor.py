@@ -53,9 +53,19 @@ class StepExecutor:
                 with frame:
                     inputs = frame.mapping
                     assert inputs["step"] == step, f"driver is at {inputs['step']}, not {step}"
-                    observed.set_batch_size(inputs["seq_lens"].shape[0])
-                    self.execute(inputs)
+                    idle: bool = inputs.get("idle", False)
+                    if idle:
+                        observed.discard()
+                    else:
+                        observed.set_batch_size(inputs["seq_lens"].shape[0])
+                        self.execute(inputs)
             step += 1
+            while idle:  # outside any step: nobody waits for one
+                frame = _next_frame(channel)
+                if frame is None:
+                    return step
+                with frame:
+                    idle = frame.mapping["idle"]
 
 
 def _next_frame(channel: Channel) -> Frame | None:

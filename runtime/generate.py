@@ -1,6 +1,6 @@
 """`onecast generate` on rank 0: a batch file, the engine around this rank, a progress bar.
 
-Owns how the parts of a batch run are put together, and the counting of its figures.
+Owns what is around the engine in a batch run, and the counting of its figures.
 """
 
 import time
@@ -8,15 +8,15 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .assembly import make_engine
 from .batch_file import BatchWriter, check_unchanged, count_lines, read_batch
 from .batch_job import BatchJob
+from .body_context import body_context
 from .config import RunConfig
 from .engine import Engine
 from .model_config import ModelConfig
-from .openai_body import BodyContext, Call
+from .openai_body import Call
 from .rank import Rank
-from .sampling import Sampler
-from .scheduler import Scheduler, SchedulerConfig
 from .summary import RunFigures
 from .tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def generate(config: RunConfig, rank: Rank) -> RunFigures:
     with BatchWriter(config.output, resume=config.resume, overwrite=config.overwrite) as writer:
         if writer.done:
             check_unchanged(config.input, writer.done)
-        engine = _make_engine(config, rank, model, tokenizer)
+        engine = make_engine(config, rank, model, tokenizer)
         figures = RunFigures(output=config.output, trace=config.trace)
         with _progress_bar() as progress:
             task = progress.add_task("requests", total=num_lines, completed=len(writer.done))
@@ -52,7 +52,7 @@ def generate(config: RunConfig, rank: Rank) -> RunFigures:
                 read_batch(config.input, writer.done),
                 writer,
                 engine,
-                _body_context(engine.scheduler.config, tokenizer, model, config.model.name),
+                body_context(engine.scheduler.config, tokenizer, model, config.model.name),
                 created_s=int(time.time()),
                 max_queued=_QUEUE_FACTOR * config.max_batch_size,
                 on_result=on_result,
@@ -62,39 +62,6 @@ def generate(config: RunConfig, rank: Rank) -> RunFigures:
             figures.elapsed_s = time.perf_counter() - start_s
     _count(figures, engine, rank)
     return figures
-
-
-def _make_engine(config: RunConfig, rank: Rank, model: ModelConfig, tokenizer: Tokenizer) -> Engine:
-    kv_cache = rank.kv_cache
-    limits = SchedulerConfig(
-        block_size=config.block_size,
-        num_blocks=kv_cache.num_blocks,
-        num_host_blocks=kv_cache.num_host_blocks,
-        max_batch_tokens=config.max_batch_tokens,
-        max_batch_size=config.max_batch_size,
-        max_model_len=config.context_limit(model.max_position_embeddings),
-        chunked_prefill=not config.no_chunked_prefill,
-        prefix_caching=not config.no_prefix_caching,
-    )
-    return Engine(
-        scheduler=Scheduler(limits, model.eos_token_ids),
-        channel=rank.channel,
-        executor=rank.executor,
-        sampler=Sampler(),
-        tokenizer=tokenizer,
-        observer=rank.observer,
-        overlap=not config.no_overlap,
-    )
-
-
-def _body_context(
-    limits: SchedulerConfig, tokenizer: Tokenizer, model: ModelConfig, name: str
-) -> BodyContext:
-    """A sequence must fit the model's context, and the device's cache when it is there alone."""
-    cached = limits.num_blocks * limits.block_size
-    if cached < limits.max_model_len:
-        return BodyContext(tokenizer, cached, model.vocab_size, name, limited_by="KV cache")
-    return BodyContext(tokenizer, limits.max_model_len, model.vocab_size, name)
 
 
 def _progress_bar() -> Progress:

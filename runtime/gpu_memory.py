@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .config import RunConfig
+from .config import EngineConfig
 from .weights import StoredTensor
 
 _TIMEOUT_S = 10  # of nvidia-smi, which takes long where no GPU is kept initialised
@@ -18,7 +18,7 @@ _QUERY = ("--query-gpu=memory.total", "--format=csv,noheader,nounits")
 
 
 def check_gpu_memory(
-    config: RunConfig,
+    config: EngineConfig,
     *,
     tensors: Iterable[StoredTensor],
     dtype: torch.dtype,

@@ -23,17 +23,20 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .batch_file import count_complete, count_lines
-from .config import LAUNCHER_PID_VARIABLE, RUN_DIR_VARIABLE, RunConfig
+from .config import LAUNCHER_PID_VARIABLE, RUN_DIR_VARIABLE, EngineConfig, RunConfig
 from .failure import root_cause
 from .nodes import Nodes
 from .preflight import check, check_port
+from .serve_config import ServeConfig
+from .stop_signal import catches_stop_signal
 from .wiring import name_run_directory, remove_run_directory, telemetry_settings
 
 _WORKER = "onecast.runtime.worker"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # the elastic launcher's
+_DRAIN_MARGIN_S = 15.0  # for answers on their way to clients, and for ranks to close
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def launch(config: RunConfig, nodes: Nodes | None = None) -> int:
+def launch(config: EngineConfig, nodes: Nodes | None = None) -> int:
     """Run this node's share of `config.tp` ranks to their end; by default that is all of them.
 
     Returns the exit status and prints why if it is not 0.
@@ -45,6 +48,8 @@ def launch(config: RunConfig, nodes: Nodes | None = None) -> int:
         settings = telemetry_settings(config)
         if settings.metrics_port is not None:
             check_port(settings.metrics_host, settings.metrics_port)
+    if isinstance(config, ServeConfig) and nodes.may_have_rank_0:
+        check_port(config.host, config.port, prefix="")
     run_directory = name_run_directory()
     log_directory = tempfile.mkdtemp(prefix="onecast-")
     os.environ[RUN_DIR_VARIABLE] = run_directory
@@ -59,25 +64,60 @@ def launch(config: RunConfig, nodes: Nodes | None = None) -> int:
             nproc_per_node=local_ranks,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=log_directory),
+            signals_to_handle="SIGQUIT",  # the others are `_handle_signals`'
             **nodes.rendezvous(config.join_timeout_s),
         ),
         sys.executable,
     )
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         return _run(config, launcher)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         with _impatience() as hurry:
             _end_ranks()
             del os.environ[RUN_DIR_VARIABLE], os.environ[LAUNCHER_PID_VARIABLE]
             remove_run_directory(run_directory, hurry)
             shutil.rmtree(log_directory, ignore_errors=True)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        # All that is left is to end, and no further signal must change how: Python gives handlers
+        # up before it has ended, but what is ignored stays so.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
-def _run(config: RunConfig, launcher: elastic_launch) -> int:
+def _handle_signals(drain_timeout_s: float | None) -> None:
+    """SIGINT, SIGTERM and SIGHUP end a run: the first of them if `drain_timeout_s` is None.
+
+    Else the first asks ranks that serve to come to an end, which the elastic launcher sees them do;
+    a second one ends them, as does the first where some do not serve yet, and so do
+    `drain_timeout_s` and a little more. To end ranks the elastic launcher asks them and waits: a
+    further signal kills them, and breaks nothing.
+    """
+    asked: list[int] = []
+    ends = False
+
+    def arrived(number: int, frame: FrameType | None) -> None:
+        nonlocal ends
+        ranks = _ranks()
+        if ends:
+            _end_ranks()
+        elif drain_timeout_s is None or asked or not _all_serve(ranks):
+            ends = True
+            name = signal.Signals(asked[0] if number == signal.SIGALRM else number)
+            raise SignalException(f"Process {os.getpid()} got signal: {name}", sigval=name)
+        else:
+            asked.append(number)
+            signal.setitimer(signal.ITIMER_REAL, drain_timeout_s + _DRAIN_MARGIN_S)
+            for rank in ranks:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(rank, signal.SIGTERM)
+
+    for number in (*_SIGNALS, signal.SIGALRM):
+        signal.signal(number, arrived)
+
+
+def _run(config: EngineConfig, launcher: elastic_launch) -> int:
     try:
+        _handle_signals(config.drain_timeout_s if isinstance(config, ServeConfig) else None)
         launcher("-P", "-m", _WORKER, *config.to_argv())
         return 0
     except ChildFailedError as error:
@@ -109,15 +149,28 @@ def _impatience() -> Iterator[Callable[[], bool]]:
 
 def _end_ranks() -> None:
     """Those that are still there: a second signal ends the elastic launcher while it ends them."""
+    for rank in _ranks():
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(rank, signal.SIGKILL)
+
+
+def _all_serve(ranks: list[int]) -> bool:
+    return bool(ranks) and all(map(catches_stop_signal, ranks))
+
+
+def _ranks() -> list[int]:
+    """The processes of the ranks that are there."""
+    found = []
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     for child in children.read_text().split() if children.exists() else ():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             if _WORKER.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
-                os.kill(int(child), signal.SIGKILL)
+                found.append(int(child))
+    return found
 
 
-def _progress(config: RunConfig) -> str:
-    if not config.output.exists():
+def _progress(config: EngineConfig) -> str:
+    if not isinstance(config, RunConfig) or not config.output.exists():
         return ""
     complete, lines = count_complete(config.output), count_lines(config.input)
     instead = " instead of --overwrite" if config.overwrite else ""

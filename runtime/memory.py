@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .config import RunConfig
+from .config import EngineConfig
 
 CUDA_SHARE = 0.90  # of the free device memory, once the weights are there
 HOST_SHARE = 0.25  # of the memory available to all ranks of the host
 
 
 def block_counts(
-    config: RunConfig,
+    config: EngineConfig,
     *,
     bytes_per_block: int,
     max_model_len: int,
@@ -40,7 +40,7 @@ def block_counts(
     return num_blocks, num_host_blocks
 
 
-def check_host_memory(config: RunConfig, *, bytes_per_block: int, local_ranks: int) -> None:
+def check_host_memory(config: EngineConfig, *, bytes_per_block: int, local_ranks: int) -> None:
     """ValueError: the blocks that were asked for need more host memory than there is.
 
     All ranks of this host together: each for itself would find enough.

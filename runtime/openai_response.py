@@ -38,11 +38,15 @@ def response_body(
         answer: dict[str, Any] = {"index": index}
         if call.chat:
             answer["message"] = {"role": "assistant", "content": text, "refusal": None}
-            answer["logprobs"] = _chat_logprobs(choice, text, tokenizer)
+            answer["logprobs"] = logprobs_of(
+                call, choice, shown(choice, text, tokenizer), tokenizer
+            )
         else:
             echo = "" if call.echo is None else call.echo[index // choice.request.params.n]
             answer["text"] = echo + text
-            answer["logprobs"] = _completion_logprobs(choice, text, tokenizer)
+            answer["logprobs"] = logprobs_of(
+                call, choice, shown(choice, text, tokenizer), tokenizer
+            )
         answer["finish_reason"] = choice.finish_reason
         choices.append(answer)
     return {
@@ -51,11 +55,12 @@ def response_body(
         "created": created_s,
         "model": call.model,
         "choices": choices,
-        "usage": _usage(call, prefix_caching),
+        "usage": usage_of(call, prefix_caching),
     }
 
 
-def _usage(call: Call, prefix_caching: bool) -> dict[str, Any]:
+def usage_of(call: Call, prefix_caching: bool) -> dict[str, Any]:
+    """Tokens of a finished call's prompts and choices."""
     prompt_tokens = sum(len(request.prompt_token_ids) for request in call.requests)
     completion_tokens = sum(len(choice.output) for choice in call.choices)
     usage: dict[str, Any] = {
@@ -70,8 +75,10 @@ def _usage(call: Call, prefix_caching: bool) -> dict[str, Any]:
     return usage
 
 
-def _shown(choice: Choice, text: str, tokenizer: Tokenizer) -> list[tuple[int, SampledToken]]:
-    """(offset in the text, token) of the tokens that `logprobs` lists."""
+def shown(choice: Choice, text: str, tokenizer: Tokenizer) -> list[tuple[int, SampledToken]]:
+    """(offset in the text, token) of the tokens that `logprobs` lists; none if it is not wanted."""
+    if choice.request.params.logprobs is None:
+        return []
     token_ids = [token.token_id for token in choice.output]
     tokens = list(zip(text_offsets(tokenizer, token_ids), choice.output, strict=True))
     if choice.finish_reason == "length":
@@ -81,16 +88,22 @@ def _shown(choice: Choice, text: str, tokenizer: Tokenizer) -> list[tuple[int, S
     return [(offset, token) for offset, token in tokens if offset < len(text)]
 
 
-def _completion_logprobs(choice: Choice, text: str, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def logprobs_of(
+    call: Call, choice: Choice, listed: Sequence[tuple[int, SampledToken]], tokenizer: Tokenizer
+) -> dict[str, Any] | None:
+    """What `logprobs` says of some of a choice's tokens, with their offsets; None: not wanted."""
     num_top = choice.request.params.logprobs
     if num_top is None:
         return None
-    shown = _shown(choice, text, tokenizer)
+    if call.chat:
+        return _chat_logprobs([token for _, token in listed], tokenizer)
     return {
-        "tokens": [tokenizer.token_text(token.token_id) for _, token in shown],
-        "token_logprobs": [_logprob(token) for _, token in shown],
-        "top_logprobs": [_top_by_text(token, tokenizer) for _, token in shown] if num_top else None,
-        "text_offset": [offset for offset, _ in shown],
+        "tokens": [tokenizer.token_text(token.token_id) for _, token in listed],
+        "token_logprobs": [_logprob(token) for _, token in listed],
+        "top_logprobs": [_top_by_text(token, tokenizer) for _, token in listed]
+        if num_top
+        else None,
+        "text_offset": [offset for offset, _ in listed],
     }
 
 
@@ -102,9 +115,7 @@ def _top_by_text(token: SampledToken, tokenizer: Tokenizer) -> dict[str, float]:
     return top
 
 
-def _chat_logprobs(choice: Choice, text: str, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if choice.request.params.logprobs is None:
-        return None
+def _chat_logprobs(tokens: Sequence[SampledToken], tokenizer: Tokenizer) -> dict[str, Any]:
     content = [
         _chat_entry(token.token_id, _logprob(token), tokenizer)
         | {
@@ -113,7 +124,7 @@ def _chat_logprobs(choice: Choice, text: str, tokenizer: Tokenizer) -> dict[str,
                 for token_id, logprob in token.top_logprobs
             ]
         }
-        for _, token in _shown(choice, text, tokenizer)
+        for token in tokens
     ]
     return {"content": content, "refusal": None}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .batch_file import count_lines
-from .config import RunConfig, several_ranks_per_gpu
+from .config import EngineConfig, RunConfig, several_ranks_per_gpu
 from .gpu_memory import check_gpu_memory
 from .kv_cache import CacheSpec, KVCache
 from .memory import check_host_memory
@@ -24,7 +24,7 @@ from .weights import check_checkpoint, weights_dtype
 _TRACE_START = b'{"traceEvents":'
 
 
-def check(config: RunConfig, tp: int, local_ranks: int, *, with_files: bool = True) -> None:
+def check(config: EngineConfig, tp: int, local_ranks: int, *, with_files: bool = True) -> None:
     """ValueError, in one line with the value and the limit, for a run that cannot work.
 
     `tp` ranks in all, `local_ranks` of them on this host; `with_files` where input is read and
@@ -53,8 +53,8 @@ def check(config: RunConfig, tp: int, local_ranks: int, *, with_files: bool = Tr
         )
 
 
-def check_port(host: str, port: int) -> None:
-    """ValueError: the metrics address cannot be listened on."""
+def check_port(host: str, port: int, prefix: str = "metrics-") -> None:
+    """ValueError: the address that --`prefix`host and --`prefix`port name cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -62,14 +62,14 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"--metrics-host, --metrics-port: cannot listen on {host}, port {port}: "
+                f"--{prefix}host, --{prefix}port: cannot listen on {host}, port {port}: "
                 f"{error.strerror}"
             ) from None
 
 
-def _check_files(config: RunConfig, with_files: bool) -> None:
+def _check_files(config: EngineConfig, with_files: bool) -> None:
     named: dict[str, Path] = {}
-    if with_files:
+    if with_files and isinstance(config, RunConfig):
         _check_batch(config)
         named = {"--input": config.input, "--output": config.output}
     if config.trace is not None:
@@ -120,7 +120,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _check_gpus(config: RunConfig, local_ranks: int) -> None:
+def _check_gpus(config: EngineConfig, local_ranks: int) -> None:
     if config.device != "cuda":
         return
     count = torch.cuda.device_count()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from onecast.comm import AllReduce, Channel, Probe, open_all_reduce, open_channel
 from onecast.comm.prior_art import open_prior_channel
 
-from .config import PRIOR_PROTOCOLS, RankEnvironment, RunConfig
+from .config import PRIOR_PROTOCOLS, EngineConfig, RankEnvironment
 from .executor import StepExecutor
 from .kv_cache import KVCache
 from .memory import block_counts
@@ -38,7 +38,7 @@ class Rank:
 
 @contextmanager
 def process_groups(
-    config: RunConfig, environment: RankEnvironment, roll: Roll
+    config: EngineConfig, environment: RankEnvironment, roll: Roll
 ) -> Iterator[tuple[torch.device, dist.ProcessGroup, dist.ProcessGroup]]:
     """Join torch.distributed, once all ranks are there; gives the device, the model's group and
     the step broadcast's.
@@ -68,7 +68,7 @@ def process_groups(
 
 @contextmanager
 def open_rank(
-    config: RunConfig,
+    config: EngineConfig,
     environment: RankEnvironment,
     device: torch.device,
     model_group: dist.ProcessGroup,
@@ -96,7 +96,7 @@ def open_rank(
 
 
 def _open_all_reduce(
-    config: RunConfig,
+    config: EngineConfig,
     environment: RankEnvironment,
     group: dist.ProcessGroup,
     observer: Observer,
@@ -113,7 +113,7 @@ def _open_all_reduce(
 
 
 def _open_channel(
-    config: RunConfig, group: dist.ProcessGroup, device: torch.device, probe: Probe | None
+    config: EngineConfig, group: dist.ProcessGroup, device: torch.device, probe: Probe | None
 ) -> Channel:
     if config.channel in PRIOR_PROTOCOLS:
         return open_prior_channel(
@@ -130,7 +130,7 @@ def _open_channel(
 
 
 def _make_kv_cache(
-    config: RunConfig, environment: RankEnvironment, model: ModelRunner, device: torch.device
+    config: EngineConfig, environment: RankEnvironment, model: ModelRunner, device: torch.device
 ) -> KVCache:
     context = ModelConfig.from_dir(config.model).max_position_embeddings
     num_blocks, num_host_blocks = block_counts(
@@ -149,7 +149,7 @@ def _make_kv_cache(
     )
 
 
-def _choose_device(config: RunConfig, environment: RankEnvironment) -> torch.device:
+def _choose_device(config: EngineConfig, environment: RankEnvironment) -> torch.device:
     if config.device == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", environment.local_rank % torch.cuda.device_count())

@@ -19,7 +19,7 @@ from onecast.telemetry import (
 )
 from onecast.telemetry.run_end import leave_if_last
 
-from .config import RankEnvironment, RunConfig
+from .config import EngineConfig, RankEnvironment
 from .observer import NullObserver, Observer
 from .preflight import check_port
 
@@ -61,7 +61,7 @@ def trace_path(path: Path, node: int) -> Path:
     return path if node == 0 else path.with_name(f"{path.stem}.node{node}{path.suffix}")
 
 
-def telemetry_settings(config: RunConfig, node: int = 0) -> TelemetrySettings:
+def telemetry_settings(config: EngineConfig, node: int = 0) -> TelemetrySettings:
     """What the environment says (`onecast.telemetry.environment`), and the options on top.
 
     ValueError names the variable, or the setting, that cannot be.
@@ -86,7 +86,7 @@ class RunTelemetry:
     another under the same name, has traces of its own.
     """
 
-    def __init__(self, config: RunConfig, environment: RankEnvironment, attempt: str) -> None:
+    def __init__(self, config: EngineConfig, environment: RankEnvironment, attempt: str) -> None:
         self._config = config
         self._environment = environment
         self._engine_id = _engine_id(environment.run_id, attempt)

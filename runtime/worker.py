@@ -1,9 +1,11 @@
 """One rank of a run: the process that torchrun starts.
 
 Owns its beginning and its end: arguments, the roles of driver and follower, exit status. What
-ranks are made of is in `rank.py`, what they do in `generate.py` (rank 0) and `executor.py` (all).
+ranks are made of is in `rank.py`, what they do in `generate.py` and `serve.py` (rank 0) and in
+`executor.py` (all).
 
     torchrun --nproc-per-node 2 -m onecast.runtime.worker --model DIR --input FILE --output FILE
+    torchrun --nproc-per-node 2 -m onecast.runtime.worker --serve --model DIR
 """
 
 import argparse
@@ -12,16 +14,21 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from .config import RankEnvironment, RunConfig, add_run_options, rank_environment, run_config
+from .config import EngineConfig, RankEnvironment, RunConfig, add_run_options, rank_environment
+from .front_end import FrontEnd
 from .generate import generate
 from .neighbours import Door, Neighbours, NodeLost
 from .preflight import check
 from .rank import open_rank, process_groups
 from .roll_call import Roll, RollCall
+from .serve import serve
+from .serve_config import ServeConfig, add_serve_options
+from .stop_signal import stop_signal
 from .summary import RunFigures, print_summary
 from .wiring import RunTelemetry
 
@@ -30,12 +37,16 @@ _PR_SET_PDEATHSIG = 1
 
 def main(argv: list[str] | None = None) -> int:
     """Run this rank until the work is done; the exit status is 0 only then."""
+    argv = sys.argv[1:] if argv is None else argv
+    serves = argv[:1] == [*ServeConfig.MODE]
+    kind: type[EngineConfig] = ServeConfig if serves else RunConfig
     parser = argparse.ArgumentParser(
-        prog="python -m onecast.runtime.worker",
-        description="One tensor-parallel rank of `onecast generate`, to be started by torchrun.",
+        prog="python -m onecast.runtime.worker" + " --serve" * serves,
+        description="One tensor-parallel rank of `onecast generate`, or with --serve as the first "
+        "option of `onecast serve`, to be started by torchrun.",
     )
-    add_run_options(parser)
-    options = parser.parse_args(argv)
+    (add_serve_options if serves else add_run_options)(parser)
+    options = parser.parse_args(argv[1:] if serves else argv)
     errors = get_error_handler()  # tells the elastic agent why, for its one message
     errors.initialize()
     environment: RankEnvironment | None = None
@@ -43,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         environment = rank_environment()
         if environment.launcher_pid is not None:
             _die_with(environment.launcher_pid)
-        run(run_config(options), environment)
+        run(kind.from_options(options), environment)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -72,7 +83,7 @@ def _explain(error: Exception, environment: RankEnvironment | None) -> None:
         traceback.print_exc()
 
 
-def run(config: RunConfig, environment: RankEnvironment) -> None:
+def run(config: EngineConfig, environment: RankEnvironment) -> None:
     """Set this rank up, drive (rank 0) or follow, take everything down, say what was measured."""
     if config.tp not in (1, environment.world_size):
         raise ValueError(f"--tp: {config.tp}, but torchrun started {environment.world_size} ranks")
@@ -87,11 +98,14 @@ def run(config: RunConfig, environment: RankEnvironment) -> None:
                 environment.local_world_size,
                 with_files=environment.node == 0,
             )
+        front_end = None
+        if isinstance(config, ServeConfig) and environment.rank == 0:
+            front_end = FrontEnd.start(config)  # first: it says that the model is being loaded
         door = Door(environment)
     roll = call.answer(door.address)
     neighbours = Neighbours(roll.addresses, environment.rank)
     try:
-        _work(config, environment, roll)
+        _work(config, environment, roll, front_end)
     except Exception as error:
         lost = None if isinstance(error, ValueError) else neighbours.lost()
         if lost is None:
@@ -101,7 +115,9 @@ def run(config: RunConfig, environment: RankEnvironment) -> None:
         door.close()
 
 
-def _work(config: RunConfig, environment: RankEnvironment, roll: Roll) -> None:
+def _work(
+    config: EngineConfig, environment: RankEnvironment, roll: Roll, front_end: FrontEnd | None
+) -> None:
     figures: RunFigures | None = None
     with process_groups(config, environment, roll) as (device, model_group, control_group):
         telemetry = RunTelemetry(config, environment, roll.call)
@@ -109,10 +125,16 @@ def _work(config: RunConfig, environment: RankEnvironment, roll: Roll) -> None:
             telemetry as observer,
             open_rank(config, environment, device, model_group, control_group, observer) as rank,
         ):
-            if environment.rank == 0:
-                figures = generate(config, rank)
+            if environment.rank > 0:
+                # Of a server all ranks are asked to stop, and rank 0 ends the others when it has.
+                with stop_signal() if isinstance(config, ServeConfig) else nullcontext():
+                    rank.executor.follow(rank.channel)
+            elif isinstance(config, ServeConfig):
+                assert front_end is not None
+                serve(config, rank, front_end)
             else:
-                rank.executor.follow(rank.channel)
+                assert isinstance(config, RunConfig)
+                figures = generate(config, rank)
     if figures is not None:
         figures.metrics_url = telemetry.metrics_url
         figures.report = telemetry.report

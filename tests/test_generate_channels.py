@@ -151,7 +151,7 @@ def test_the_command_takes_a_channel_and_says_what_it_cost(
 @pytest.mark.parametrize("spin", ["-0.1", "1.1", "nan"])
 def test_a_spin_beyond_its_range_is_refused(tmp_path: Path, spin: str) -> None:
     with pytest.raises(ValueError, match=rf"--spin: {spin} is (below 0|above 1)"):
-        RunConfig(tmp_path, tmp_path, tmp_path, spin=float(spin))
+        RunConfig(model=tmp_path, input=tmp_path, output=tmp_path, spin=float(spin))
 
 
 def test_a_run_sums_through_shared_memory_unless_told_otherwise(
@@ -173,4 +173,10 @@ def test_a_run_sums_through_shared_memory_unless_told_otherwise(
 
 def test_sums_through_shared_memory_on_a_gpu_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--all-reduce: shared-memory needs --device cpu, not c"):
-        RunConfig(tmp_path, tmp_path, tmp_path, all_reduce="shared-memory", device="cuda")
+        RunConfig(
+            model=tmp_path,
+            input=tmp_path,
+            output=tmp_path,
+            all_reduce="shared-memory",
+            device="cuda",
+        )

@@ -436,7 +436,9 @@ def test_the_next_step_is_planned_behind_the_publish_or_behind_the_launch() -> N
 
 
 def test_the_flags_reach_the_workers() -> None:
-    config = RunConfig(Path("m"), Path("i"), Path("o"), no_overlap=True, no_prefix_caching=True)
+    config = RunConfig(
+        model=Path("m"), input=Path("i"), output=Path("o"), no_overlap=True, no_prefix_caching=True
+    )
     assert {"--no-overlap", "--no-prefix-caching"} <= set(config.to_argv())
-    plain = RunConfig(Path("m"), Path("i"), Path("o"))
+    plain = RunConfig(model=Path("m"), input=Path("i"), output=Path("o"))
     assert not {"--no-overlap", "--no-prefix-caching"} & set(plain.to_argv())
