@@ -125,6 +125,28 @@ def test_a_step_count_that_measures_nothing_is_refused(capsys):
     assert "--steps is 0, at least 1" in capsys.readouterr().err
 
 
+def test_a_run_on_a_slow_machine_has_fewer_steps_in_its_later_launches(monkeypatch, capsys):
+    assert comm.steps_for(700, took_s=180, left_s=190) == 700  # in time: as many as ever
+    assert comm.steps_for(700, took_s=400, left_s=80) == 140
+    assert comm.steps_for(700, took_s=600, left_s=-20) == 50  # late: yet something is measured
+    assert comm.steps_for(2, took_s=600, left_s=-20) == 2
+    clock, asked = [0.0], []
+
+    def launch(plan):
+        asked.append((plan.ranks, plan.tight_steps))
+        clock[0] += plan.tight_steps * 0.2  # 280 s a launch of 700 steps, both numbers of ranks
+        return {}
+
+    monkeypatch.setattr(comm, "launch", launch)
+    monkeypatch.setattr(comm, "time_all_reduces", lambda ranks, steps: {})
+    monkeypatch.setattr(comm, "make_rows", list)
+    monkeypatch.setattr(comm, "make_ratios", list)
+    monkeypatch.setattr(comm.time, "monotonic", lambda: clock[0])
+    comm.measure(700, launches=3, quick=False)
+    assert asked == [(ranks, steps) for steps in (700, 350, 350) for ranks in (2, 4)]
+    assert clock[0] <= 560 and "350 steps in place of 700" in capsys.readouterr().err
+
+
 def test_a_workload_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="'W9'; there are: W1, W2, W3, W4"):
         workloads.make_workload("W9")
