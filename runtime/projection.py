@@ -36,7 +36,6 @@ class Projection:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, shared: bool = False) -> None:
         """`shared`: the weight stays in memory whatever becomes of it here."""
         self._bias = bias
-        self._out_features = weight.shape[0]
         self._packed: Tensor | None = None
         if _can_pack(weight) and not (shared and weight.nbytes > _MOST_SHARED_BYTES):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -60,8 +59,6 @@ class Projection:
         if packed is None or (self._plain is not None and rows.shape[0] == 1):
             assert self._plain is not None
             return linear(rows, self._plain, self._bias)
-        if rows.shape[0] == 0:  # which oneDNN refuses
-            return rows.new_empty(0, self._out_features)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, packed, self._bias, "none", [], ""
         )

@@ -34,6 +34,8 @@ def _both_ways(rank: int) -> tuple[dict[Any, Any], list[int], int]:
         reducer.all_reduce(torch.zeros(1 + rank))
     reducer.all_reduce(torch.zeros(6))
     dist.all_reduce(torch.zeros(7), group=group)
+    reducer.gather(torch.zeros(3, 2))
+    dist.gather(torch.zeros(6), [torch.zeros(6)] * 2 if rank == 0 else None, group=group)
     unrecorded.append(recording.unrecorded())
     seen = recording.seen()
     for covered in recording.instrumentor.coverage():
@@ -60,7 +62,12 @@ def test_it_is_numbered_among_the_groups_own_and_leaves_its_coverage_exact() -> 
             (first + 7, 28, "float32", OK),
         ]
         assert [row[0] for row in seen["barrier", "tp"]] == [first + 4]
-        assert total == 8
+        # What is gathered counts as the whole, as torch.distributed's own does.
+        assert seen["gather", "tp"] == [
+            (first + 8, 48, "float32", OK),
+            (first + 9, 48, "float32", OK),
+        ]
+        assert total == 10
         assert unrecorded == [0, 0]
 
 
