@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from racing_cuda import racing_streams
 from racing_streams import Machine as GpuMachine
 from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from onecast.comm.testing import RanksHung
 from onecast.runtime import gpu_check
@@ -24,6 +26,7 @@ from onecast.runtime.bench import (
     gpu_profiler,
     nccl,
 )
+from onecast.telemetry.ring import BEGIN, DEVICE, END, SEQUENCE
 
 
 @pytest.mark.parametrize(
@@ -199,17 +202,66 @@ def test_the_error_is_of_the_largest_size_operation_by_operation(monkeypatch):
     assert reason.startswith("torch.profiler shows nothing") and not results.found["rows"]
 
 
+class FakeBench:
+    """Records what is done to a GPU that is none; its device times come late, and in any order."""
+
+    device, group = torch.device("cpu"), "nccl"
+
+    def __init__(self):
+        self.log = []
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def instrument(self, name):
+        self.log.append(name)
+        return lambda: self.log.append("stop")
+
+    def rows(self, kind):
+        assert kind == DEVICE and self.log[-1] == "stop"
+        rows = np.zeros((3, 1 + max(BEGIN, END, SEQUENCE)), np.int64)
+        rows[:, BEGIN], rows[:, SEQUENCE] = 5000, [12, 10, 11]
+        rows[:, END] = rows[:, BEGIN] + [3000, 1000, 2500]
+        return rows
+
+
+def test_the_gpu_spins_before_each_operation_so_that_the_hosts_pace_is_in_neither_time(monkeypatch):
+    bench = FakeBench()
+
+    @contextlib.contextmanager
+    def profile(activities, acc_events):
+        assert activities == [ProfilerActivity.CUDA]
+        bench.log.append("profile")
+        events = [Event("Memcpy DtoD", start, us) for start, us in ((2, 0.9), (9, 2.4), (30, 2.8))]
+        yield SimpleNamespace(events=lambda: events)
+        bench.log.append("profiled")
+
+    def gather(gathered, own, group):
+        assert gathered.nbytes == own.nbytes == 16 << 10 and group == "nccl"
+        bench.log.append("gather")
+
+    monkeypatch.setattr(gpu_profiler, "profile", profile)
+    monkeypatch.setattr(gpu_profiler, "_all_gather", lambda: gather)
+    monkeypatch.setattr(gpu_profiler.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: bench.log.append("spin"))
+    seen, recorded = gpu_profiler._gather(bench, 16 << 10, 3, on_gpu=True)
+    assert [us for _, us in seen] == [0.9, 2.4, 2.8] and recorded == [1.0, 2.5, 3.0]
+    warm = ["gather"] * 3 + ["synchronize"]
+    each = ["spin", "gather", "synchronize"]
+    assert bench.log == [*warm, gpu_profiler.TIMED, "profile", *each * 3, "profiled", "stop"]
+
+
 @pytest.mark.parametrize(("seen", "recorded"), [(2, 3), (4, 3), (3, 2), (3, 4)])
 def test_operations_that_one_of_the_two_missed_are_an_error(monkeypatch, seen, recorded):
     bench = contextlib.nullcontext(None)
     monkeypatch.setattr(gpu_profiler, "open_bench", lambda rank, device: bench)
     found = [("ncclDevKernel_AllGather", 1.0)] * seen, [2.0] * recorded
-    monkeypatch.setattr(gpu_profiler, "_gather", lambda *_: found)
+    monkeypatch.setattr(gpu_profiler, "_gather", lambda *_, **__: found)
     with pytest.raises(
         RuntimeError, match=rf"3 all_gathers of 16 KiB: {recorded} were recorded.*{seen}"
     ):
         gpu_profiler._measure(0, "cuda", 3)
-    monkeypatch.setattr(gpu_profiler, "_gather", lambda *_: ([], [2.0] * 3))
+    monkeypatch.setattr(gpu_profiler, "_gather", lambda *_, **__: ([], [2.0] * 3))
     assert gpu_profiler._measure(0, "cuda", 3) == {}  # no profiler of this GPU
 
 

@@ -75,7 +75,7 @@ def _measure(rank: int, device: str, steps: int) -> Times:
     times: Times = {}
     with open_bench(rank, device) as bench:
         for nbytes in SIZES[device]:
-            seen, recorded = _gather(bench, nbytes, steps)
+            seen, recorded = _gather(bench, nbytes, steps, on_gpu=device == "cuda")
             if not seen and device == "cuda":
                 return {}
             if len(seen) != steps or len(recorded) != steps:
@@ -88,9 +88,10 @@ def _measure(rank: int, device: str, steps: int) -> Times:
     return times
 
 
-def _gather(bench: Bench, nbytes: int, steps: int) -> tuple[list[tuple[str, float]], list[float]]:
+def _gather(
+    bench: Bench, nbytes: int, steps: int, *, on_gpu: bool
+) -> tuple[list[tuple[str, float]], list[float]]:
     """What the profiler saw of so many all_gathers, and the us that were recorded of each."""
-    on_gpu = bench.device.type == "cuda"
     gathered = torch.empty(nbytes // 4, device=bench.device)
     own = torch.ones(nbytes // 4 // dist.get_world_size(), device=bench.device)
     gather = _all_gather()
