@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .config import EngineConfig
+from .step_arrays import StepArrays
 
 CUDA_SHARE = 0.90  # of the free device memory, once the weights are there
 HOST_SHARE = 0.25  # of the memory available to all ranks of the host
@@ -46,13 +47,29 @@ def check_host_memory(config: EngineConfig, *, bytes_per_block: int, local_ranks
     All ranks of this host together: each for itself would find enough.
     """
     num_blocks = config.num_host_blocks or 0
+    options = "--num-blocks, --num-host-blocks"
     if config.device == "cpu":
-        num_blocks += config.num_blocks or 0
+        num_blocks += config.num_blocks or 1
+        options += "" if config.num_blocks else ", --block-size"
     needed, available = local_ranks * num_blocks * bytes_per_block, available_host_bytes()
     if needed > available:
         raise ValueError(
-            f"--num-blocks, --num-host-blocks: {num_blocks:,} blocks of {bytes_per_block:,} bytes "
+            f"{options}: {num_blocks:,} blocks of {bytes_per_block:,} bytes "
             f"on {local_ranks} ranks need {needed:,} bytes of memory; {available:,} are available"
+        )
+
+
+def check_step_memory(config: EngineConfig, *, max_model_len: int) -> None:
+    """ValueError: the arrays that a driver keeps for the largest step need more than there is."""
+    sequences = min(config.max_batch_size, config.max_batch_tokens)
+    max_blocks = -(-max_model_len // config.block_size)
+    needed = StepArrays.nbytes(config.max_batch_tokens, sequences, max_blocks)
+    available = available_host_bytes()
+    if needed > available:
+        raise ValueError(
+            f"--max-batch-tokens, --max-batch-size, --block-size: a step of "
+            f"{config.max_batch_tokens:,} tokens, or {sequences:,} sequences of {max_blocks:,} "
+            f"blocks, needs {needed:,} bytes of memory; {available:,} are available"
         )
 
 

@@ -15,7 +15,7 @@ from .batch_file import count_lines
 from .config import EngineConfig, RunConfig, several_ranks_per_gpu
 from .gpu_memory import check_gpu_memory
 from .kv_cache import CacheSpec, KVCache
-from .memory import check_host_memory
+from .memory import check_host_memory, check_step_memory
 from .model_config import ModelConfig
 from .model_runner import compute_dtype
 from .tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def check(config: EngineConfig, tp: int, local_ranks: int, *, with_files: bool =
     model.check_tensor_parallel(tp)
     tensors = check_checkpoint(config.model, model)
     Tokenizer(config.model)
-    config.context_limit(model.max_position_embeddings)
+    max_model_len = config.context_limit(model.max_position_embeddings)
     _check_files(config, with_files)
     _check_gpus(config, local_ranks)
     device = torch.device(config.device)
@@ -42,6 +42,7 @@ def check(config: EngineConfig, tp: int, local_ranks: int, *, with_files: bool =
     spec = CacheSpec(model.num_layers, model.kv_heads_per_rank(tp), model.head_dim, dtype)
     bytes_per_block = KVCache.bytes_per_block(spec, config.block_size)
     check_host_memory(config, bytes_per_block=bytes_per_block, local_ranks=local_ranks)
+    check_step_memory(config, max_model_len=max_model_len)
     if config.device == "cuda":
         check_gpu_memory(
             config,

@@ -48,6 +48,11 @@ class StepArrays:
         self.resize(0, 0, 0, 0)
         self.generation = -1  # arrays of one generation differ in what a step of decodes changes
 
+    @staticmethod
+    def nbytes(max_tokens: int, max_sequences: int, max_blocks: int) -> int:
+        """What the two of an engine take at the most, which they get bit by bit."""
+        return 2 * (3 * 8 * max_tokens + max_sequences * (16 + 4 * table_columns(max_blocks)))
+
     def resize(self, tokens: int, sequences: int, columns: int, rows: int) -> None:
         """Views for a step of these dimensions; `rows` of logits. What they hold is undefined."""
         by_token, by_row, starts, by_sequence, tables = self._memory

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_runs import DEMO, completion, write_batch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from onecast.runtime import memory
 from onecast.runtime.config import RunConfig
 from onecast.runtime.failure import root_cause
 from onecast.runtime.nodes import Nodes, add_node_options, nodes_of
+from onecast.runtime.preflight import check
 from onecast.runtime.wiring import trace_path
 
 MEET = "--rdzv-endpoint=node-0:29500"
@@ -110,3 +113,24 @@ def test_a_lost_node_is_the_cause_and_not_the_rank_that_was_ended_for_it(tmp_pat
     cause, resumable = root_cause(failures)
     assert cause.startswith("rank 0 (pid 1000) failed: NodeLost: node 1 (b, ranks 2 and 3)")
     assert resumable
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"block_size": 2**20}, "--num-blocks, --num-host-blocks, --block-size: 1 blocks of "),
+        (
+            {"block_size": 1, "max_batch_size": 2**20, "max_batch_tokens": 2**24},
+            "--max-batch-tokens, --max-batch-size, --block-size: a step of 16,777,216 tokens",
+        ),
+    ],
+)
+def test_sizes_that_memory_cannot_hold_are_refused_by_their_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], named: str
+) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 10**9)
+    batch = write_batch(tmp_path / "in.jsonl", [completion("a")])
+    config = RunConfig(model=DEMO, input=batch, output=tmp_path / "out.jsonl", tp=2, **options)
+    with pytest.raises(ValueError) as refused:
+        check(config, tp=2, local_ranks=2)
+    assert str(refused.value).startswith(named)

@@ -16,6 +16,7 @@ from cli_runs import completion, generate_args, read_results, run, wait_for, wri
 from hosts import NoHosts, TwoHosts, two_hosts
 from node_runs import NodeRun
 
+from onecast.runtime import neighbours
 from onecast.runtime.config import RankEnvironment
 from onecast.runtime.neighbours import Door, Neighbours
 
@@ -59,25 +60,28 @@ def test_a_node_that_cannot_be_reached_is_named_with_its_ranks(both: TwoHosts) -
         (3, "node 0 (10.0.0.1, ranks 0 and 1)"),
     ):
         here = rank // 2
-        neighbours = both.on_network(here, lambda: Neighbours(addresses, rank))  # noqa: B023
-        assert both.on_network(here, neighbours.lost) is None
+        others = both.on_network(here, lambda: Neighbours(addresses, rank))  # noqa: B023
+        assert both.on_network(here, others.lost) is None
         both.cut(1)
-        lost = both.on_network(here, neighbours.lost)
+        lost = both.on_network(here, others.lost)
         assert lost is not None and lost.startswith(f"{expected} cannot be reached: ")
         both.mend(1)
-        wait_for(lambda: both.on_network(here, neighbours.lost) is None, "the cable to carry", 10)  # noqa: B023
+        wait_for(lambda: both.on_network(here, others.lost) is None, "the cable to carry", 10)  # noqa: B023
     doors[2].close()
-    neighbours = both.on_network(0, lambda: Neighbours(addresses, 0))
-    assert both.on_network(0, neighbours.lost) is None, "its process has ended, the node answers"
+    others = both.on_network(0, lambda: Neighbours(addresses, 0))
+    assert both.on_network(0, others.lost) is None, "its process has ended, the node answers"
     for door in doors:
         door.close()
 
 
-def test_a_node_behind_a_firewall_from_the_beginning_is_not_called_lost(both: TwoHosts) -> None:
+def test_a_node_behind_a_firewall_from_the_beginning_is_not_called_lost(
+    both: TwoHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "TIMEOUT_S", 0.3)
     door = both.on_network(1, lambda: Door(rank_of_four(2, both.address)))
     both.cut(1)
-    neighbours = both.on_network(0, lambda: Neighbours(["", "", door.address, ""], 0))
-    assert both.on_network(0, neighbours.lost) is None
+    others = both.on_network(0, lambda: Neighbours(["", "", door.address, ""], 0))
+    assert both.on_network(0, others.lost) is None
     door.close()
 
 
