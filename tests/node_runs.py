@@ -27,17 +27,15 @@ class NodeRun:
         hosts: TwoHosts,
         folder: Path,
         launcher: str,
-        batch: Path,
-        output: Path,
-        *more: str,
+        *options: str,
         max_restarts: int = 0,
     ) -> None:
+        """`launcher`: "torchrun", "generate", "generate c10d" or "serve"."""
         self._logs = [folder / f"node-{node}.log" for node in range(2)]
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        options = [f"--model={DEMO}", f"--input={batch}", f"--output={output}", *more]
         for node, address in enumerate(hosts.addresses()):
             command = _command(launcher, hosts.address, node, address, max_restarts)
-            self._start(hosts, node, [*command, *options])
+            self._start(hosts, node, [*command, f"--model={DEMO}", *options])
 
     def _start(self, hosts: TwoHosts, node: int, command: list[str]) -> None:
         environment = {
@@ -66,6 +64,9 @@ class NodeRun:
     def runs(self) -> bool:
         return all(process.poll() is None for process in self._processes.values())
 
+    def stop(self, node: int) -> None:
+        self._processes[node].terminate()
+
     def finish(self, timeout_s: float = 120) -> list[int]:
         """The exit status of each node."""
         return [self._processes[node].wait(timeout_s) for node in range(2)]
@@ -87,10 +88,11 @@ def _command(launcher: str, meet_at: str, node: int, address: str, max_restarts:
             *(f"--master-addr={meet_at}", f"--master-port={PORT}"),
             *(f"--max-restarts={max_restarts}", "-m", "onecast.runtime.worker"),
         ]
+    command, _, backend = launcher.partition(" ")
     where = [f"--node-rank={node}"]
-    if launcher == "onecast c10d":
+    if backend == "c10d":
         where = ["--rdzv-backend=c10d", f"--local-addr={address}"]
     return [
-        *(str(ONECAST), "generate", "--tp=4", "--nnodes=2", f"--rdzv-endpoint={endpoint}"),
+        *(str(ONECAST), command, "--tp=4", "--nnodes=2", f"--rdzv-endpoint={endpoint}"),
         *(*where, f"--max-restarts={max_restarts}"),
     ]

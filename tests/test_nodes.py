@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_runs import completion, generate_args, read_results, run, wait_for, write_batch
@@ -132,8 +133,9 @@ def test_a_short_cut_is_sat_out_and_both_nodes_are_in_one_trace(
 ) -> None:
     batch, output = write_short_batch(tmp_path), tmp_path / "out.jsonl"
     trace = tmp_path / "trace.json"
+    files = f"--input={batch}", f"--output={output}"
     options = ("--max-batch-size=1", f"--metrics-port={METRICS_PORT}", f"--trace={trace}")
-    with NodeRun(both, tmp_path, "onecast", batch, output, *options) as run:
+    with NodeRun(both, tmp_path, "generate", *files, *options) as run:
         wait_for_a_result(output, run)
         url = f"http://127.0.0.1:{METRICS_PORT}/metrics"
         for node, ranks in enumerate(({"0", "1"}, {"2", "3"})):
@@ -163,17 +165,18 @@ def test_a_short_cut_is_sat_out_and_both_nodes_are_in_one_trace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "onecast c10d"])
+@pytest.mark.parametrize("launcher", ["torchrun", "generate c10d"])
 def test_a_long_cut_is_named_on_both_sides_and_the_run_comes_back_with_the_cable(
     both: TwoHosts, tmp_path: Path, launcher: str
 ) -> None:
     batch, output = write_short_batch(tmp_path), tmp_path / "out.jsonl"
+    files = f"--input={batch}", f"--output={output}"
     options = ("--max-batch-size=1", "--timeout-s=3", "--no-telemetry")
     lost = (
         "node 1 (10.0.0.2, ranks 2 and 3) cannot be reached",
         "node 0 (10.0.0.1, ranks 0 and 1) cannot be reached",
     )
-    with NodeRun(both, tmp_path, launcher, batch, output, *options, max_restarts=3) as run:
+    with NodeRun(both, tmp_path, launcher, *files, *options, max_restarts=3) as run:
         wait_for_a_result(output, run)
         both.cut(1)
         wait_for(
@@ -187,3 +190,32 @@ def test_a_long_cut_is_named_on_both_sides_and_the_run_comes_back_with_the_cable
     assert texts_of(output) == texts_on_one_node(batch)
     if launcher != "torchrun":
         assert all(re.search(r"onecast: rank \d: NodeLost: .*; restart 1 of 3", s) for s in said)
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.slow
+def test_a_server_answers_from_ranks_on_both_nodes_and_ends_on_both(
+    both: TwoHosts, tmp_path: Path
+) -> None:
+    lines = [completion("one", max_tokens=20)]
+    batch = write_batch(tmp_path / "in.jsonl", lines)
+    url = "http://127.0.0.1:8000"
+    with NodeRun(both, tmp_path, "serve", "--port=8000") as run:
+
+        def ready() -> bool:
+            assert run.runs(), run.story()
+            return bool(both.on_network(0, lambda: scrape(f"{url}/ready")))
+
+        wait_for(ready, "the server", 90)
+        body = {**lines[0]["body"], "model": "checkpoint"}
+        answer = both.on_network(0, lambda: post(f"{url}/v1/completions", body))
+        assert {"one": answer["choices"][0]["text"]} == texts_on_one_node(batch)
+        run.stop(0)
+        assert run.finish(60) == [0, 0], run.story()
