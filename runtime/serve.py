@@ -4,7 +4,7 @@ Owns the loop: take what has come, run a step, tell of what it brought; sleep wh
 to do. Knows nothing of HTTP; texts, tokens and reasons leave it as messages.
 
 An engine without requests sleeps in the kernel. The followers wait for a frame then, for as long as
-it takes; every IDLE_S they get one that says so, which keeps their time-outs, and those of a
+it takes; every two seconds they get one that says so, which keeps their time-outs, and those of a
 process group's broadcast, for a driver that is lost.
 """
 
@@ -34,7 +34,8 @@ from .serve_messages import (
 from .stop_signal import StopSignal, stop_signal
 from .tokenizer import Tokenizer
 
-IDLE_S = 2.0  # well below any time-out of waits, and of the hang watch
+IDLE_S = 2.0  # well below what the hang watch waits for
+_SIGNS_PER_TIMEOUT = 4
 
 
 def serve(config: ServeConfig, rank: Rank, front_end: FrontEnd) -> None:
@@ -51,7 +52,13 @@ def serve(config: ServeConfig, rank: Rank, front_end: FrontEnd) -> None:
             f"({ranks} rank{'s' if ranks > 1 else ''})",
             flush=True,
         )
-        server = Server(engine, front_end, stop, drain_timeout_s=config.drain_timeout_s)
+        server = Server(
+            engine,
+            front_end,
+            stop,
+            drain_timeout_s=config.drain_timeout_s,
+            idle_s=min(IDLE_S, config.timeout_s / _SIGNS_PER_TIMEOUT),
+        )
         server.run()
         if server.num_cut:
             print(
@@ -82,12 +89,20 @@ class Server:
     """The loop. One of it, for one engine and one front end."""
 
     def __init__(
-        self, engine: Engine, front_end: FrontEnd, stop: StopSignal, *, drain_timeout_s: float
+        self,
+        engine: Engine,
+        front_end: FrontEnd,
+        stop: StopSignal,
+        *,
+        drain_timeout_s: float,
+        idle_s: float,
     ) -> None:
+        """An idle engine gives its followers a sign of life every `idle_s`."""
         self._engine = engine
         self._front_end = front_end
         self._stop = stop
         self._drain_timeout_s = drain_timeout_s
+        self._idle_s = idle_s
         self._deadline_s: float | None = None  # once it drains; CLOCK_MONOTONIC
         self._drained = False  # no request comes any more
         self._calls: dict[int, _Call] = {}
@@ -108,7 +123,7 @@ class Server:
                 return
             else:
                 engine.rest()
-                self._front_end.wait(IDLE_S, self._stop.fileno())
+                self._front_end.wait(self._idle_s, self._stop.fileno())
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Ask):
