@@ -76,7 +76,8 @@ def test_a_second_signal_ends_it_at_once() -> None:
         status, _, err = finish(one.process)
         for thread in (*threads, *more):
             thread.join(60)
-    assert (status, err) == (128 + signal.SIGTERM, "onecast: stopped by SIGTERM\n")
+    assert status == 128 + signal.SIGTERM
+    assert "onecast: stopped by SIGTERM\n" in err
     assert "engine_stopped" in answers[0]
 
 
