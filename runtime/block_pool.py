@@ -35,6 +35,7 @@ class BlockPool:
         "keys",
         "name",
         "num_blocks",
+        "num_evicted",
         "num_free",
         "peak_used",
         "references",
@@ -52,6 +53,7 @@ class BlockPool:
         self.references = [0] * num_blocks
         self.keys: list[Key | None] = [None] * num_blocks
         self.num_free = num_blocks
+        self.num_evicted = 0  # cached blocks whose content was given up, since the beginning
         self.peak_used = 0
         self._step = 0
         # Last freed, first reused: its memory is the likeliest to be in a cache still.
@@ -86,6 +88,7 @@ class BlockPool:
         else:
             assert self._ready, f"{self.name} pool: all {self.num_blocks} blocks are in use"
             block, _ = self._ready.popitem(last=False)
+            self.num_evicted += 1
             self._forget(block)
         self.references[block] = 1
         self._count_used()

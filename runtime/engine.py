@@ -248,9 +248,18 @@ class Engine:
         set_value("kv_blocks.device.free", gauges.free_blocks)
         set_value("kv_blocks.host.used", gauges.used_host_blocks)
         set_value("kv_blocks.host.free", gauges.free_host_blocks)
-        set_value("kv_blocks_moved.swap_out", counters.swapped_out)
-        set_value("kv_blocks_moved.swap_in", counters.swapped_in)
-        set_value("kv_blocks_moved.copy", counters.copied)
+        for kind, blocks in (
+            ("swap_out", counters.swapped_out),
+            ("swap_in", counters.swapped_in),
+            ("copy", counters.copied),
+        ):
+            set_value(f"kv_blocks_moved.{kind}", blocks)
+            set_value(f"kv_bytes_moved.{kind}", blocks * self._executor.bytes_per_block)
+        set_value("kv_blocks_evicted.device", scheduler.blocks.device.num_evicted)
+        set_value("kv_blocks_evicted.host", scheduler.blocks.host.num_evicted)
+        set_value("preemptions.swap", counters.preemptions - counters.recomputes)
+        set_value("preemptions.recompute", counters.recomputes)
+        set_value("step_tokens_limit", scheduler.config.max_batch_tokens)
         set_value("sequences.waiting", gauges.waiting)
         set_value("sequences.running", gauges.running)
         set_value("sequences.swapped", gauges.swapped)

@@ -28,6 +28,11 @@ class StepExecutor:
         """Whether `execute` returns while a device is still at it."""
         return self._kv_cache.device.type == "cuda"
 
+    @property
+    def bytes_per_block(self) -> int:
+        """Of this rank's part of a block, all layers."""
+        return self._kv_cache.bytes_per_block(self._kv_cache.spec, self._kv_cache.block_size)
+
     def execute(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Run one step; `inputs` is the step's frame as `InputBuilder.build` lays it out.
 

@@ -184,6 +184,12 @@ _REQUESTS = (
         ("rank",),
         "Time from a request's arrival to its first token",
     ),
+    Metric(
+        "onecast_request_time_per_output_token_seconds",
+        "histogram",
+        ("rank",),
+        "Time from a request's first token to its end, by further token; of all its choices",
+    ),
 )
 
 _VALUES = tuple(
@@ -207,6 +213,12 @@ _TELEMETRY = (
     ),
     Metric(
         "onecast_sidecar_restarts_total", "counter", (), "Times the sidecar had to be restarted"
+    ),
+    Metric(
+        "onecast_worker_restarts_total",
+        "counter",
+        (),
+        "Times the launcher of this node has started its ranks again",
     ),
     Metric("onecast_up", "gauge", ("rank",), "Whether the process of this rank runs"),
     Metric(

@@ -16,6 +16,9 @@ The exporter itself reads headers, certificates, compression and the like. Our o
 
     ONECAST_TRACE_FILE, ONECAST_TRACE_ONE_IN, ONECAST_TRACE_SLOW, ONECAST_TRACE_SKEW_MS
     ONECAST_HANG_S, ONECAST_FLIGHT_DIR, ONECAST_RING_RECORDS, ONECAST_STEP, ONECAST_DDP_HOOK
+    ONECAST_METRICS_PEERS                              host:port,host:port of other nodes' sidecars
+
+And torchrun's TORCHELASTIC_RESTART_COUNT.
 
 An empty variable counts as one that is not there, as the specification has it.
 """
@@ -113,6 +116,10 @@ def _yes(text: str) -> bool:
     return text.lower() in ("1", "true")
 
 
+def _addresses(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
 def _milliseconds(text: str) -> float:
     return float(text) / 1000
 
@@ -138,4 +145,6 @@ _PLAIN: tuple[tuple[str, str, Callable[[str], object]], ...] = (
     ("ONECAST_RING_RECORDS", "ring_records", int),
     ("ONECAST_STEP", "auto_step", str),
     ("ONECAST_DDP_HOOK", "ddp_hook", _yes),
+    ("ONECAST_METRICS_PEERS", "metrics_peers", _addresses),
+    ("TORCHELASTIC_RESTART_COUNT", "worker_restarts", int),
 )

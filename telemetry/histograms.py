@@ -75,6 +75,8 @@ DURATIONS = Scale(125, 29, 16, range(3, 22), 1e-9)
 LONG_DURATIONS = Scale(125, 29, 16, range(3, 28), 1e-9)
 # Requests take longer still: 1 ms x 2^0 .. 2^18, fine edges up to 1049 s.
 REQUEST_DURATIONS = Scale(125_000, 23, 16, range(3, 22), 1e-9)
+# A token of one: 125 us x 2^0 .. 2^16, 8 s.
+TOKEN_DURATIONS = Scale(125_000, 23, 16, range(17), 1e-9)
 # 64 B x 4^0 .. 4^10 are shown.
 SIZES = Scale(64, 24, 8, range(0, 21, 2), 1.0)
 

@@ -1,39 +1,24 @@
 """The sidecar's HTTP server: what Prometheus scrapes, and a page for people.
 
-    /metrics      Prometheus text or OpenMetrics, as the client asks
-    /report       the node's counts as JSON
-    /healthz      "ok"
-    /             the live view, which reads /live.json and /hangs.json
-
-Owns the addresses, the headers and how often something is rendered; knows nothing of what it
-serves. Only GET and HEAD. Everything here may be asked by anybody who can reach the port, so it
+Owns the addresses, the headers and who may ask; what there is to be had is `documents`' business.
+Only GET and HEAD. Everything here may be asked by anybody who can reach the port, so it
 listens on loopback unless told otherwise, and then answers no page of another site that got a name
 to point here (DNS rebinding): the Host header must name this machine's loopback.
-
-Rendering takes the node's lock and a core. However many ask at once, one thread renders, and the
-others get what it made; and nothing is rendered again before REST times the time it took (at most
-MAX_AGE_S): no number of clients takes more than 1 / (1 + REST) of a core.
 """
 
 import ipaddress
-import json
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from .live import live_view
-from .metrics import MetricsPage
+from .documents import TEXT, Documents
 from .node import Node
-from .page import PAGE
 
-MAX_AGE_S = 0.25
-REST = 9
 MAX_CLIENTS = 128  # at once; more are told to come again
 _IDLE_S = 10  # without a byte from a client before its thread ends
 
@@ -45,61 +30,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_JSON = "application/json"
-_TEXT = "text/plain; charset=utf-8"
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
-
-
-class Rendered:
-    """Bytes that are made anew when somebody asks and the last ones are too old."""
-
-    def __init__(self, render: Callable[[], bytes]) -> None:
-        self._render = render
-        self._lock = threading.Lock()
-        self._bytes = b""
-        self._expires = 0.0
-
-    def get(self) -> bytes:
-        if time.monotonic() < self._expires:
-            return self._bytes
-        with self._lock:
-            begin = time.monotonic()
-            if begin >= self._expires:  # else another thread has just done it
-                self._bytes = self._render()
-                end = time.monotonic()
-                self._expires = end + min(MAX_AGE_S, REST * (end - begin))
-            return self._bytes
-
-
-class _Documents:
-    """What there is to be had: path -> content type and bytes."""
-
-    def __init__(self, node: Node) -> None:
-        self._page = MetricsPage(node.snapshot)
-        self._metrics: dict[str, Rendered] = {}  # by content type
-        self._lock = threading.Lock()
-        self._rendered = {
-            "/report": Rendered(lambda: json.dumps(node.report()).encode()),
-            "/live.json": Rendered(lambda: json.dumps(live_view(node)).encode()),
-            "/hangs.json": Rendered(lambda: json.dumps(_hangs(node)).encode()),
-        }
-
-    def get(self, path: str, accept: str) -> tuple[str, bytes] | None:
-        if path == "/metrics":
-            content_type = self._page.content_type(accept)
-            with self._lock:
-                rendered = self._metrics.get(content_type)
-                if rendered is None:
-                    rendered = Rendered(lambda: self._page.render(content_type))
-                    self._metrics[content_type] = rendered
-            return content_type, rendered.get()
-        if path in self._rendered:
-            return _JSON, self._rendered[path].get()
-        if path == "/healthz":
-            return _TEXT, b"ok\n"
-        if path == "/":
-            return "text/html; charset=utf-8", PAGE
-        return None
 
 
 class TelemetryServer(ThreadingTCPServer):
@@ -109,8 +40,8 @@ class TelemetryServer(ThreadingTCPServer):
     allow_reuse_address = True  # a port in TIME_WAIT is free; one that is listened on is not
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, node: Node) -> None:
-        self.documents = _Documents(node)
+    def __init__(self, host: str, port: int, node: Node, peers: Sequence[str] = ()) -> None:
+        self.documents = Documents(node, peers)
         self.only_host: str | None = None  # the name that clients must ask for, beside loopback's
         self._clients = threading.Semaphore(MAX_CLIENTS)
         if ":" in host:
@@ -158,22 +89,26 @@ class _Handler(BaseHTTPRequestHandler):
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
             self.close_connection = True  # a body that nobody reads must not pass for a request
         if not self._names_this_host():
-            self._send(403, _TEXT, b"the Host header names another host than this one\n")
+            self._send(403, TEXT, b"the Host header names another host than this one\n")
             return
         path = self.path.partition("?")[0]
-        found = self.server.documents.get(path, self.headers.get("Accept", ""))
-        if found is None:
-            self._send(404, _TEXT, b"/, /metrics, /report, /healthz, /live.json, /hangs.json\n")
-        else:
-            self._send(200, *found)
+        accept = self.headers.get("Accept", "")
+        self._send(*self.server.documents.get(path, accept, self._address()))
 
     do_HEAD = do_GET
 
     def _refuse(self) -> None:
         self.close_connection = True  # what it sent along is not read
-        self._send(405, _TEXT, b"only GET and HEAD\n", {"Allow": "GET, HEAD"})
+        self._send(405, TEXT, b"only GET and HEAD\n", {"Allow": "GET, HEAD"})
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
+
+    def _address(self) -> str:
+        """This server's, as the client has it; the port it listens on where none is named."""
+        host, port = self.server.server_address[:2]
+        asked = self.headers.get("Host") or str(host)
+        named = asked.rpartition("]")[2]  # what follows an IPv6 address
+        return asked if ":" in named else f"{asked}:{port}"
 
     def _names_this_host(self) -> bool:
         header = self.headers.get("Host")
@@ -206,8 +141,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Silent: the sidecar's stderr is the program's."""
-
-
-def _hangs(node: Node) -> dict[str, Any]:
-    with node.lock:
-        return {"hangs": [hang.to_dict() for hang in node.hangs]}

@@ -47,6 +47,7 @@ class Snapshot:
     # ("hang" | "desync", op, group label): how often one was found
     found: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
     sidecar_restarts: int = 0
+    worker_restarts: int = 0
 
 
 def package_version() -> str:
@@ -93,6 +94,7 @@ def families_of(snapshot: Snapshot) -> list[Family]:
             sorted({("records", "overrun"): 0, **snapshot.dropped}.items()),
         ),
         _numbers("onecast_sidecar_restarts_total", [((), snapshot.sidecar_restarts)]),
+        _numbers("onecast_worker_restarts_total", [((), snapshot.worker_restarts)]),
         _numbers("onecast_build_info", [((package_version(), snapshot.engine_id), 1)]),
     ]
 
@@ -174,6 +176,7 @@ def _requests(aggregate: Aggregate) -> list[Family]:
         _histograms("onecast_request_duration_seconds", (requests.durations, ())),
         _histograms("onecast_request_queue_seconds", (requests.queued, ())),
         _histograms("onecast_request_time_to_first_token_seconds", (requests.first_token, ())),
+        _histograms("onecast_request_time_per_output_token_seconds", (requests.per_token, ())),
     ]
 
 

@@ -40,13 +40,15 @@ class Node:
         hang_s: float = 0.0,
         cursors: Cursors | None = None,
         restarts: int = 0,
+        worker_restarts: int = 0,
     ) -> None:
         """`hang_s` 0: hangs are not told. `cursors`: where the sidecar before, if any, had come to;
-        `restarts`: how many there were."""
+        `restarts`: how many there were; `worker_restarts`: how often the ranks began anew."""
         self.lock = threading.Lock()
         self.engine_id = engine_id
         self.local_world_size = local_world_size
         self.restarts = restarts
+        self.worker_restarts = worker_restarts
         self.readers: dict[int, RingReader] = {}  # by rank
         self.pending: dict[int, Rows] = {}  # by rank: in flight at the last drain
         self.totals = Aggregate(local_ranks=local_world_size, run_dir=run_dir)
@@ -57,6 +59,7 @@ class Node:
         self._cursors = cursors
         self._dropped: Counter[tuple[str, str]] = Counter()
         self._unreadable: set[Path] = set()
+        self._polled_s = time.monotonic()
 
     @property
     def hangs(self) -> list[Hang]:
@@ -81,6 +84,16 @@ class Node:
         """Attach rings that have appeared, and take in what has finished."""
         with self.lock:
             self._drain()
+        self._polled_s = time.monotonic()
+
+    def seconds_since_poll(self) -> float:
+        """Takes no lock: it is asked whether somebody holds it for too long."""
+        return time.monotonic() - self._polled_s
+
+    def presence(self) -> tuple[int, int]:
+        """How many of the local ranks have come, and how many of those run."""
+        readers = list(self.readers.values())
+        return len(readers), sum(reader.alive and not reader.closed for reader in readers)
 
     def finish(self) -> None:
         """The last poll: steps that never ended leave as they are, and the outputs close."""
@@ -102,6 +115,7 @@ class Node:
                 self.dropped,
                 found=self._watch.totals,
                 sidecar_restarts=self.restarts,
+                worker_restarts=self.worker_restarts,
             )
 
     def report(self) -> dict[str, Any]:

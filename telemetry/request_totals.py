@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .histograms import REQUEST_DURATIONS, HistogramTable
+from .histograms import REQUEST_DURATIONS, TOKEN_DURATIONS, HistogramTable
 from .labels import name_at
 from .requests import unpack_request
 from .ring import BEGIN, END, META, meta_name
@@ -23,6 +23,7 @@ class RequestTotals:
         self.durations: HistogramTable[int] = HistogramTable(REQUEST_DURATIONS)
         self.queued: HistogramTable[int] = HistogramTable(REQUEST_DURATIONS)
         self.first_token: HistogramTable[int] = HistogramTable(REQUEST_DURATIONS)
+        self.per_token: HistogramTable[int] = HistogramTable(TOKEN_DURATIONS)
 
     def add(self, rank: int, rows: Rows, names: Sequence[str]) -> None:
         """Count REQUEST records."""
@@ -36,5 +37,12 @@ class RequestTotals:
             (self.queued, columns.queue_us * 1000),
         ):
             table.add(np.full(len(rows), table.row(rank)), values)
-        first = columns.first_token_us[columns.first_token_us > 0] * 1000  # 0: none came
-        self.first_token.add(np.full(len(first), self.first_token.row(rank)), first)
+        first = columns.first_token_us * 1000  # 0: none came
+        came = first > 0
+        self.first_token.add(np.full(came.sum(), self.first_token.row(rank)), first[came])
+        several = came & (columns.generated > 1)
+        decoding = (rows[:, END] - rows[:, BEGIN] - first)[several]
+        self.per_token.add(
+            np.full(several.sum(), self.per_token.row(rank)),
+            np.maximum(decoding, 0) // (columns.generated[several] - 1),
+        )

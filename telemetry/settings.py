@@ -10,13 +10,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .environment import read_environment
 
 _PROTOCOLS = ("grpc", "http/protobuf")
 _MOST = 1e9  # seconds, or numbers: what fits wherever it is counted
+_ADDRESS = r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@]+):[0-9]{1,5}"
 _STEP_RULES = "optimizer, none, or collectives:N with N >= 1"
 
 
@@ -30,6 +31,7 @@ class TelemetrySettings:
 
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = 0  # 0: any free port; None: no HTTP at all
+    metrics_peers: Sequence[str] = ()  # host:port of the other nodes' sidecars, for /sd
     trace_file: str | None = None  # opens in Jaeger's and in Perfetto's page
     trace_steps: int = 2000  # the trace file keeps this many of the latest steps
     trace_spans: int = 200_000  # and never more than this many spans
@@ -49,6 +51,7 @@ class TelemetrySettings:
     flight_dir: str = field(default_factory=_flight_dir)  # what is kept of runs that ended badly
     ring_records: int = 65536
     poll_interval_s: float = 0.1
+    worker_restarts: int = 0  # how often the launcher has started this node's ranks again
     start_timeout_s: float = 30.0
     close_timeout_s: float = 15.0
     # Of programs that know nothing of steps: what ends one.
@@ -58,6 +61,9 @@ class TelemetrySettings:
     def __post_init__(self) -> None:
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port is {self.metrics_port}; it must be 0 to 65535, or None")
+        for peer in self.metrics_peers:
+            if not re.fullmatch(_ADDRESS, peer):
+                raise ValueError(f"metrics_peers has {peer!r}; it must be host:port")
         if self.otlp_protocol not in _PROTOCOLS:
             raise ValueError(
                 f"otlp_protocol is {self.otlp_protocol!r}; it must be one of {_PROTOCOLS}"
@@ -99,4 +105,5 @@ class TelemetrySettings:
 
     @classmethod
     def from_json(cls, text: str) -> "TelemetrySettings":
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        return cls(**{**fields, "metrics_peers": tuple(fields["metrics_peers"])})

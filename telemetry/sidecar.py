@@ -60,6 +60,7 @@ def _make_node(options: argparse.Namespace, settings: TelemetrySettings, cursors
         hang_s=settings.hang_s,
         cursors=cursors,
         restarts=options.restarts,
+        worker_restarts=settings.worker_restarts,
     )
 
 
@@ -72,14 +73,14 @@ def _serve(settings: TelemetrySettings, again_at_port: int | None, node: Node) -
         deadline = time.monotonic() + _DYING_S
         while True:
             try:
-                return TelemetryServer(host, again_at_port, node)
+                return TelemetryServer(host, again_at_port, node, settings.metrics_peers)
             except OSError as error:
                 if time.monotonic() > deadline:
                     _logger.warning("port %d is gone (%s): metrics move", again_at_port, error)
                     break
             time.sleep(0.01)
     try:
-        return TelemetryServer(host, port, node)
+        return TelemetryServer(host, port, node, settings.metrics_peers)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"metrics port {port} on {host} is already in use") from error

@@ -23,6 +23,7 @@ def _values() -> list[Value]:
     for direction in ("swap_in", "swap_out", "copy"):
         labels = {"direction": direction}
         found.append(Value(f"kv_blocks_moved.{direction}", "kv_blocks_moved", labels, True))
+        found.append(Value(f"kv_bytes_moved.{direction}", "kv_bytes_moved", labels, True))
     for state in ("waiting", "running", "swapped"):
         found.append(Value(f"sequences.{state}", "sequences", {"state": state}, False))
     for kind in ("prompt", "generated"):
@@ -30,6 +31,11 @@ def _values() -> list[Value]:
     for result in ("hit", "computed"):
         labels = {"result": result}
         found.append(Value(f"prefix_cache_tokens.{result}", "prefix_cache_tokens", labels, True))
+    for kind in ("swap", "recompute"):
+        found.append(Value(f"preemptions.{kind}", "preemptions", {"kind": kind}, True))
+    for pool in ("device", "host"):
+        found.append(Value(f"kv_blocks_evicted.{pool}", "kv_blocks_evicted", {"pool": pool}, True))
+    found.append(Value("step_tokens_limit", "step_tokens_limit", {}, False))
     return found
 
 
@@ -39,6 +45,10 @@ VALUE_INDEX: dict[str, int] = {value.name: index for index, value in enumerate(V
 METRIC_HELP = {
     "kv_blocks": "Key/value cache blocks by pool and state",
     "kv_blocks_moved": "Key/value cache blocks swapped in, swapped out and copied",
+    "kv_bytes_moved": "Bytes of this rank's part of the blocks swapped in, swapped out and copied",
+    "kv_blocks_evicted": "Cached blocks whose content was given up so that they could be reused",
+    "preemptions": "Sequences taken off the device: swapped to the host, or to be computed again",
+    "step_tokens_limit": "Most tokens that one step may compute",
     "sequences": "Sequences (choices of requests) by state",
     "tokens": "Tokens of prompts computed and tokens generated",
     "prefix_cache_tokens": "Tokens of admitted sequences found in the prefix cache, or computed",

@@ -20,8 +20,13 @@ def test_changes_win_over_variables():
 
 def test_settings_survive_the_command_line_of_the_sidecar():
     settings = read(
-        OTEL_RESOURCE_ATTRIBUTES="a=b%20c,service.name=x,d=", ONECAST_TRACE_SKEW_MS="2.5"
+        OTEL_RESOURCE_ATTRIBUTES="a=b%20c,service.name=x,d=",
+        ONECAST_TRACE_SKEW_MS="2.5",
+        ONECAST_METRICS_PEERS="node1:9464, [fe80::1]:9464,",
+        TORCHELASTIC_RESTART_COUNT="3",
     )
+    assert settings.metrics_peers == ("node1:9464", "[fe80::1]:9464")
+    assert settings.worker_restarts == 3
     assert settings.resource_attributes == {"a": "b c", "d": ""}
     assert settings.service_name == "x" and settings.trace_skew_s == 0.0025
     assert TelemetrySettings.from_json(settings.to_json()) == settings
@@ -80,10 +85,12 @@ def test_a_variable_that_cannot_be_is_named_with_its_value(name: str, value: str
         {"ring_records": 1000},
         {"otlp_protocol": "http/json"},
         {"metrics_port": 70000},
+        {"metrics_peers": ("http://node:9464/metrics",)},
     ],
 )
 def test_a_setting_that_cannot_be_is_named_with_its_value(change: dict[str, object]):
     (name, value) = next(iter(change.items()))
     with pytest.raises(ValueError, match=name) as caught:
         TelemetrySettings(**change)  # type: ignore[arg-type]
-    assert str(value) in str(caught.value)
+    shown = value[0] if isinstance(value, tuple) else value
+    assert str(shown) in str(caught.value)

@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 from lifetimes import alone, place, sidecar_of
+from written_rings import WrittenRing
 
-from onecast.telemetry import Session
-from onecast.telemetry.http_server import MAX_AGE_S, MAX_CLIENTS, REST, Rendered
+from onecast.telemetry import Session, TelemetrySettings
+from onecast.telemetry.documents import MAX_AGE_S, REST, STALE_S, Documents, Rendered
+from onecast.telemetry.http_server import MAX_CLIENTS
+from onecast.telemetry.node import Node
+from onecast.telemetry.tracing import Tracing
 
 pytestmark = pytest.mark.usefixtures("place")
 __all__ = ["place"]  # a fixture
@@ -45,6 +49,9 @@ def test_every_answer_says_what_a_browser_must_not_do_with_it(session: Session) 
         "/metrics": "text/plain; version=0.0.4; charset=utf-8",
         "/report": "application/json",
         "/healthz": "text/plain; charset=utf-8",
+        "/-/healthy": "text/plain; charset=utf-8",
+        "/-/ready": "text/plain; charset=utf-8",
+        "/sd": "application/json",
         "/live.json": "application/json",
         "/hangs.json": "application/json",
         "/else": "text/plain; charset=utf-8",
@@ -100,6 +107,65 @@ def test_bound_to_all_addresses_it_may_be_asked_by_any_name() -> None:
     session = alone(metrics_host="0.0.0.0")
     assert ask(session, "/healthz", Host="node7.cluster.example:9464")[0] == 200
     session.close()
+
+
+def test_prometheus_is_told_where_the_nodes_of_the_run_are_scraped() -> None:
+    session = alone(metrics_host="0.0.0.0", metrics_peers=("node8:9464", "[fe80::1]:9464"))
+    port = sidecar_of(session.run_dir).port
+    for host, own in (
+        ("node7:8080", "node7:8080"),  # through a forwarded port
+        ("node7", f"node7:{port}"),
+        ("[::1]", f"[::1]:{port}"),
+        ("node8:9464", "node8:9464"),
+    ):
+        status, headers, body = ask(session, "/sd", Host=host)
+        assert (status, headers["Content-Type"]) == (200, "application/json")
+        (group,) = json.loads(body)
+        expected = list(dict.fromkeys((own, "node8:9464", "[fe80::1]:9464")))
+        assert group["targets"] == expected
+        engine = json.loads(ask(session, "/report")[2])["engine_id"]
+        assert group["labels"] == {"__meta_onecast_engine": engine}
+    session.close()
+
+
+def node_of(run_dir: Path) -> Node:
+    tracing = Tracing(TelemetrySettings(), "written")
+    return Node(str(run_dir), engine_id="written", local_world_size=2, tracing=tracing)
+
+
+def test_a_node_is_ready_once_all_its_ranks_have_come_and_while_they_run(tmp_path: Path) -> None:
+    node = node_of(tmp_path)
+    documents = Documents(node)
+
+    def asked() -> tuple[int, bytes]:
+        node.poll()
+        document = documents.get("/-/ready", "", "host:1")
+        return document.status, document.body
+
+    assert asked() == (503, b"0 of 2 ranks run, 0 have come\n")
+    first = WrittenRing(tmp_path, 0)
+    assert asked() == (503, b"1 of 2 ranks run, 1 have come\n")
+    second = WrittenRing(tmp_path, 1)
+    assert asked() == (200, b"ok\n")
+    second.die()
+    assert asked() == (503, b"1 of 2 ranks run, 2 have come\n")
+    first.ring.close()
+    assert asked() == (503, b"0 of 2 ranks run, 2 have come\n")
+
+
+def test_a_sidecar_that_stopped_reading_is_not_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = node_of(tmp_path)
+    documents = Documents(node)
+    assert documents.get("/-/healthy", "", "host:1") == (200, "text/plain; charset=utf-8", b"ok\n")
+    with node.lock:  # whoever holds it for long keeps the rings from being read
+        now_s = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now_s + STALE_S + 1)
+        status, _, body = documents.get("/-/healthy", "", "host:1")
+    assert (status, body) == (503, b"the rings were last read 11 s ago\n")
+    node.poll()
+    assert documents.get("/-/healthy", "", "host:1").status == 200
 
 
 def test_bytes_that_are_no_request_harm_nobody(session: Session) -> None:
