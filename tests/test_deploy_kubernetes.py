@@ -299,9 +299,8 @@ def test_the_probes_are_answered_by_the_pods_own_command(tmp_path: Path) -> None
             env=environment,
         )
     try:
-        probes = [probe for key, probe in (pod | worker).items() if key.endswith("Probe")]
-        assert len({probe["httpGet"]["path"] for probe in probes}) == 2
-        probes += [probe for key, probe in pod.items() if key.endswith("Probe")]
+        probes = [one[key] for one in (pod, worker) for key in one if key.endswith("Probe")]
+        assert {probe["httpGet"]["path"] for probe in probes} == {"/health", "/ready", "/-/ready"}
         for probe in probes:
             get = probe["httpGet"]
             url = f"http://127.0.0.1:{ports[get['port']]}{get['path']}"
