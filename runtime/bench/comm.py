@@ -30,6 +30,8 @@ _STEPS = 700  # per launch: 2,100 in all
 _QUICK_STEPS = 50
 _ALL_REDUCES = 5  # one for so many timed exchanges
 _LIMIT_S = 560.0  # a full run, where one launch does not take it all
+_FIXED_S = 20.0  # of a launch, whatever its steps: ranks start, and wait idly
+_LEAST_STEPS = 20
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,4 +82,5 @@ def measure(steps: int, launches: int, quick: bool) -> dict[str, Any]:
 
 def steps_for(steps: int, took_s: float, left_s: float) -> int:
     """Steps of a launch that has `left_s`, when one of `steps` took `took_s`; some at least."""
-    return min(steps, max(_QUICK_STEPS, int(steps * left_s / took_s)))
+    share = (left_s - _FIXED_S) / max(took_s - _FIXED_S, 1e-9)
+    return min(steps, max(_LEAST_STEPS, int(steps * share)))
