@@ -59,10 +59,10 @@ def _observe(requests: int, tp: int) -> dict[str, Any]:
         folder, port = Path(name), observed_run.free_port()
         with observed_run.prometheus(folder, f"127.0.0.1:{port}") as address:
             began_s, ended_s = observed_run.run(folder, port, requests, tp)
-            step_s = max(observed_run.SCRAPE_S, math.ceil((ended_s - began_s) / _POINTS))
-            # The last scrape lies before the end: afterwards instant queries find nothing.
-            span = Span(began_s + 4, ended_s - 3, step_s, observed_run.SCRAPE_S)
             get = observed_run.getter(address)
+            first_s, last_s = observed_run.lived(get, began_s, ended_s, tp)
+            step_s = max(observed_run.SCRAPE_S, math.ceil((last_s - first_s) / _POINTS))
+            span = Span(first_s, last_s, step_s, observed_run.SCRAPE_S)
             return {name: show(name, get, span) for name in ORDER}
 
 

@@ -103,6 +103,14 @@ def getter(address: str) -> Any:
     return get
 
 
+def lived(get: Any, began_s: float, ended_s: float, tp: int) -> tuple[float, float]:
+    """The first and the last moment at which all ranks are known to have worked."""
+    working = f"sum(onecast_up) == {tp} and sum(onecast_sequences{{state='running'}}) > 0"
+    times = {"start": str(began_s), "end": str(ended_s), "step": str(SCRAPE_S)}
+    (found,) = get("query_range", query=working, **times)["result"]
+    return float(found["values"][0][0]), float(found["values"][-1][0])
+
+
 def write_batch(path: Path, requests: int, seed: int) -> Path:
     """Short and long prompts, some with a common beginning, some asking for several answers."""
     draw = random.Random(seed)

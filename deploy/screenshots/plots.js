@@ -30,7 +30,7 @@ const powers = (low, high, base) => {
   const count = Math.round(Math.log(high / low) / Math.log(base)), every = Math.ceil((count + 1) / 7);
   return Array.from({ length: Math.floor(count / every) + 1 }, (_, i) => low * base ** (i * every));
 };
-const timeAxis = { ...AXIS, values: times, space: 90, size: 26 };
+const timeAxis = { ...AXIS, values: times, space: 62, size: 26 };
 
 // Series on one common row of times: [times, values, values, ...], gaps are null.
 function aligned(board, series) {
@@ -123,7 +123,7 @@ function drawLines(into, board, panel, series, exemplars) {
       axes: [
         timeAxis,
         { ...AXIS, size: axisSize, space: 34, values: (u, splits) => splits.map((v) => written(v, defaults.unit)),
-          ...(logarithmic ? { splits: (u, axis, low, high) => powers(low, high, base) } : {}) },
+          ...(logarithmic ? { splits: (u, axis, low, high) => powers(low, high, base), filter: (u, splits) => splits } : {}) },
       ],
       series: [{}, ...series.map((_, i) => ({
         stroke: colors[i], width: 1.4, points: { show: false }, spanGaps: false,

@@ -159,6 +159,14 @@ def _moves() -> list[object]:
             width=8,
         ),
         lines(
+            "Bandwidth of swaps and copies",
+            [Query(_bandwidth(), "{{direction}}")],
+            "Bps",
+            """Bytes over the time of their phase. On the CPU near memcpy's, on a GPU near the
+            pinned copy's. Far below: blocks lie scattered one by one; larger --block-size.""",
+            width=8,
+        ),
+        lines(
             "Share of a step spent on blocks, by rank",
             [
                 Query(
@@ -181,9 +189,30 @@ def _moves() -> list[object]:
             """Of the steps that move any. Above the median step: single preemptions stall
             everyone; smaller --max-batch-tokens makes them shorter.""",
             logarithmic=True,
-            width=8,
+        ),
+        lines(
+            "Bytes moved",
+            [
+                Query(
+                    sum_rate("onecast_kv_bytes_moved_total", ("direction",), **_DRIVER),
+                    "{{direction}}",
+                )
+            ],
+            "Bps",
+            """Of rank 0; every rank moves its own share of each block. Compare with what the bus
+            can do: a tenth of it is thrashing already.""",
         ),
     ]
+
+
+def _bandwidth() -> str:
+    """Bytes by direction over the time of the phase of that name."""
+    time = sum_rate(f"{_PHASE}_sum", ("phase",), phase="=~kv[.].*", **_DRIVER)
+    by_direction = f'label_replace({time}, "direction", "$1", "phase", "kv[.](.*)")'
+    return ratio(
+        sum_rate("onecast_kv_bytes_moved_total", ("direction",), **_DRIVER),
+        f"sum by (direction) ({by_direction})",
+    )
 
 
 def _reuse() -> list[object]:
@@ -200,6 +229,22 @@ def _reuse() -> list[object]:
             """`hit` tokens cost nothing. None with a common prefix: --no-prefix-caching, or too
             few blocks to keep it.""",
             stacked=True,
-            width=24,
+            width=8,
+        ),
+        lines(
+            "Cached blocks given up",
+            [Query(sum_rate("onecast_kv_blocks_evicted_total", ("pool",), **_DRIVER), "{{pool}}")],
+            "suffix: blocks/s",
+            """Blocks that might have been found again, taken for new ones. Many while the hit
+            share is low: more host blocks keep them longer.""",
+            width=8,
+        ),
+        lines(
+            "Preemptions",
+            [Query(sum_rate("onecast_preemptions_total", ("kind",), **_DRIVER), "{{kind}}")],
+            "suffix: /s",
+            """Sequences taken off the device to make room. `recompute` means that host memory was
+            full too: its work was thrown away. More blocks, or fewer sequences at a time.""",
+            width=8,
         ),
     ]

@@ -104,12 +104,13 @@ def _now() -> list[object]:
                     "onecast_hangs_total",
                     "onecast_desyncs_total",
                     "onecast_collective_errors_total",
+                    "onecast_worker_restarts_total",
                 )
             ),
             "none",
-            """Hangs, desyncs and failed collectives in the time shown. Above 0: the sidecar's log
-            and /hangs.json name the ranks and what each waits for; `onecast flight` shows the
-            first disagreement.""",
+            """Hangs, desyncs, failed collectives and restarts of the ranks in the time shown.
+            Above 0: the sidecar's log and /hangs.json name the ranks and what each waits for;
+            `onecast flight` shows the first disagreement.""",
             limits=Limits(1, 1),
             instant=True,
             width=3,
@@ -211,11 +212,13 @@ def _steps() -> list[object]:
                     ),
                     "tokens per step",
                 ),
+                Query(f"max({select('onecast_step_tokens_limit')})", "limit"),
             ],
             "short",
             """How full steps are. Far below the limit with sequences waiting: the cache is full
-            (see KV cache). Always at the limit: prompts are cut into chunks; a higher --max-
-            batch-tokens takes fewer steps for them, at the price of slower ones.""",
+            (see KV cache). Always at the limit: prompts are cut into chunks; a higher
+            --max-batch-tokens takes fewer steps for them, at the price of slower ones.""",
+            logarithmic=True,
         ),
     ]
 

@@ -11,6 +11,7 @@ from .promql import buckets, mean, quantile, ratio, select, sum_rate
 _TOTAL = "onecast_request_duration_seconds"
 _QUEUE = "onecast_request_queue_seconds"
 _FIRST = "onecast_request_time_to_first_token_seconds"
+_PER_TOKEN = "onecast_request_time_per_output_token_seconds"
 _DRIVER: dict[str, Any] = {"rank": "0"}
 
 
@@ -41,7 +42,6 @@ def _now() -> list[object]:
             "reqps",
             "That ended, per second. Falls while some wait: see Overview for what the steps do.",
             decimals=1,
-            width=8,
         ),
         figure(
             "First token, p50",
@@ -56,6 +56,13 @@ def _now() -> list[object]:
             "s",
             """Far above the median: long prompts, or bursts. Follow an exemplar to the request's
             span; its links lead to its steps.""",
+        ),
+        figure(
+            "Per output token, p50",
+            quantile(0.5, _PER_TOKEN),
+            "s",
+            """About one step. Above it: the sequence was preempted, or prompts of others take
+            turns with it; smaller chunks (--max-batch-tokens).""",
         ),
         figure(
             "Queue's share",
@@ -100,6 +107,15 @@ def _latency() -> list[object]:
             logarithmic=True,
         ),
         lines(
+            "Time per output token",
+            _quantiles(_PER_TOKEN),
+            "s",
+            """After the first. p99 far from p50: some are preempted (see KV cache), or share steps
+            with long prompts: smaller chunks.""",
+            exemplars=True,
+            logarithmic=True,
+        ),
+        lines(
             "Time in the queue",
             _quantiles(_QUEUE),
             "s",
@@ -119,7 +135,6 @@ def _latency() -> list[object]:
             """Of the requests that ended. Treat the largest layer: queue - capacity; prompt -
             chunk size and prefix cache; further tokens - the step's time, see Overview.""",
             stacked=True,
-            width=24,
         ),
     ]
 

@@ -57,8 +57,8 @@ def _now() -> list[object]:
             "Frame, mean",
             mean("onecast_frame_bytes", **_SENT),
             "bytes",
-            """Grows with sequences and with block tables. Hundreds of KiB: larger blocks (--block-
-            size) make shorter tables.""",
+            """Grows with sequences and with block tables. Hundreds of KiB: larger blocks
+            (--block-size) make shorter tables.""",
         ),
         figure(
             "Metadata, mean",
