@@ -68,8 +68,8 @@ def test_a_node_that_cannot_be_reached_is_named_with_its_ranks(both: TwoHosts) -
         assert lost is not None and lost.startswith(f"{expected} cannot be reached: ")
         both.mend(1)
         wait_for(lambda: both.on_network(here, others.lost) is None, "the cable to carry", 10)  # noqa: B023
-    doors[2].close()
     others = both.on_network(0, lambda: Neighbours(addresses, 0))
+    doors[2].close()
     assert both.on_network(0, others.lost) is None, "its process has ended, the node answers"
     for door in doors:
         door.close()
@@ -87,7 +87,7 @@ def test_a_node_behind_a_firewall_from_the_beginning_is_not_called_lost(
 
 
 def write_short_batch(folder: Path) -> Path:
-    lines = [completion(f"r{i}", "And the king said" * (1 + i), max_tokens=40) for i in range(6)]
+    lines = [completion(f"r{i}", "And the king said" * (1 + i), max_tokens=24) for i in range(5)]
     return write_batch(folder / "in.jsonl", lines)
 
 
