@@ -1,6 +1,5 @@
 """Every overlay is valid Kubernetes, starts onecast by a command it takes, and fits itself."""
 
-import functools
 import os
 import re
 import signal
@@ -8,13 +7,15 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from deploy_files import DEPLOY, ROOT, dockerfile, expanded, kustomize, understood
+from cli_runs import ONECAST
+from deploy_files import DEPLOY, ROOT, dockerfile, expanded, understood
+from hosts import NoHosts, TwoHosts, two_hosts
+from kubernetes_overlays import CRDS, Overlay, definitions, nbytes, one_container
 from prometheus_server import free_port, wait_for
 
 from onecast.telemetry import TelemetrySettings
@@ -25,72 +26,6 @@ EPHEMERAL = (32768, 60999)  # Linux: net.ipv4.ip_local_port_range
 VERSION = "1.33"
 # Their definitions come with LeaderWorkerSet's and the Prometheus operator's releases.
 CUSTOM = ("LeaderWorkerSet", "PodMonitor")
-CRDS = ROOT / "build" / "tools" / "crds"
-_BYTES = {"Mi": 2**20, "Gi": 2**30}
-
-
-@functools.cache
-def built(name: str) -> str:
-    return kustomize(DEPLOY / "kubernetes" / "overlays" / name)
-
-
-@functools.cache
-def definitions() -> dict[str, Any]:
-    """The definitions that are here, by kind, each version's schema closed."""
-    return {
-        found["spec"]["names"]["kind"]: {
-            one["name"]: closed(one["schema"]["openAPIV3Schema"])
-            for one in found["spec"]["versions"]
-        }
-        for path in sorted(CRDS.glob("*.yaml"))
-        for found in yaml.load_all(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    }
-
-
-class Overlay:
-    """What is sent to the cluster, by kind."""
-
-    def __init__(self, name: str) -> None:
-        self.documents = list(yaml.safe_load_all(built(name)))
-        self.by_kind = {document["kind"]: document for document in self.documents}
-        assert len(self.by_kind) == len(self.documents)
-
-    @property
-    def templates(self) -> dict[str, Any]:
-        """Pod templates by component: leader, and worker where there are several nodes."""
-        if "Deployment" in self.by_kind:
-            return {"leader": self.by_kind["Deployment"]["spec"]["template"]}
-        group = self.by_kind["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
-        return {"leader": group["leaderTemplate"], "worker": group["workerTemplate"]}
-
-    @property
-    def nodes(self) -> int:
-        group = self.by_kind.get("LeaderWorkerSet")
-        return group["spec"]["leaderWorkerTemplate"]["size"] if group else 1
-
-    def variables(self, component: str) -> dict[str, str]:
-        """Of a container: its own, those of the ConfigMap, and of the LeaderWorkerSet's webhook."""
-        container = one_container(self.templates[component])
-        (source,) = container["envFrom"]
-        settings = self.by_kind["ConfigMap"]
-        assert source["configMapRef"]["name"] == settings["metadata"]["name"]
-        found = dict(settings["data"])
-        found |= {variable["name"]: "10.0.0.7" for variable in container.get("env", ())}
-        if "LeaderWorkerSet" in self.by_kind:
-            found["LWS_LEADER_ADDRESS"] = "onecast-0.onecast.default"
-            found["LWS_GROUP_SIZE"] = str(self.nodes)
-            found["LWS_WORKER_INDEX"] = "0" if component == "leader" else "1"
-        return found
-
-
-def one_container(template: Mapping[str, Any]) -> dict[str, Any]:
-    container: dict[str, Any]
-    (container,) = template["spec"]["containers"]
-    return container
-
-
-def nbytes(quantity: str) -> int:
-    return int(quantity[:-2]) * _BYTES[quantity[-2:]]
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -121,22 +56,6 @@ def test_custom_resources_fit_their_definitions(overlay: Overlay) -> None:
             pytest.skip(f"the definition of {kind} is not in {CRDS}")
         version = overlay.by_kind[kind]["apiVersion"].partition("/")[2]
         jsonschema.validate(overlay.by_kind[kind], definitions()[kind][version])
-
-
-def closed(schema: Any) -> Any:
-    """The schema, with every object limited to the properties that it names."""
-    if isinstance(schema, list):
-        return [closed(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-        found.setdefault("additionalProperties", False)
-    if isinstance(schema.get("pattern"), str):
-        del found["pattern"]  # of Go's syntax
-    if schema.get("x-kubernetes-int-or-string"):
-        found.pop("type", None)
-    return found
 
 
 def test_every_pod_starts_onecast_by_a_command_it_takes(
@@ -313,6 +232,62 @@ def test_the_probes_are_answered_by_the_pods_own_command(tmp_path: Path) -> None
     finally:
         server.kill()
         server.wait()
+
+
+def started(
+    hosts: TwoHosts, node: int, command: Sequence[str | Path], log: Path
+) -> subprocess.Popen[bytes]:
+    made: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, **hosts.environment(2 * node)}
+    with log.open("wb") as output:
+        hosts.start(
+            2 * node,
+            lambda: made.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            ),
+        )
+    return made[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_a_group_serves_by_its_pods_own_commands_and_workers_end_with_the_leader(
+    tmp_path: Path,
+) -> None:
+    """Two hosts for two pods: all ranks come, and only the leader is told to stop."""
+    overlay = Overlay("multi-node")
+    try:
+        with two_hosts() as hosts:
+            logs = [tmp_path / f"{component}.log" for component in overlay.templates]
+            processes: dict[int, subprocess.Popen[bytes]] = {}
+            try:
+                for node, (component, template) in enumerate(overlay.templates.items()):
+                    address = list(hosts.addresses())[node]
+                    variables = overlay.variables(component) | {
+                        "LWS_LEADER_ADDRESS": hosts.address,
+                        "POD_IP": address,
+                        "MODEL": str(ROOT / "runtime" / "demo" / "checkpoint"),
+                    }
+                    command = [ONECAST, *expanded(one_container(template)["args"], variables)]
+                    processes[node] = started(hosts, node, command, logs[node])
+
+                def told() -> str:
+                    return "\n".join(log.read_text(errors="replace") for log in logs)
+
+                def ready(node: int, url: str) -> bool:
+                    assert all(process.poll() is None for process in processes.values()), told()
+                    return bool(hosts.on_network(node, lambda: ask(url)) == 200)
+
+                wait_for(lambda: ready(0, "http://127.0.0.1:8000/ready"), "the leader")
+                wait_for(lambda: ready(1, "http://127.0.0.1:9464/-/ready"), "the worker")
+                processes[0].terminate()
+                assert [processes[node].wait(60) for node in (0, 1)] == [0, 0], told()
+            finally:
+                for process in processes.values():
+                    process.kill()
+                    process.wait()
+    except NoHosts as error:
+        pytest.skip(f"two hosts cannot be made: {error}")
 
 
 def test_the_readme_makes_a_rule_that_the_operator_takes() -> None:
