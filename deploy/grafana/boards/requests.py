@@ -54,8 +54,8 @@ def _now() -> list[object]:
             "First token, p99",
             quantile(0.99, _FIRST),
             "s",
-            """Far above the median: long prompts, or bursts. Follow an exemplar to the request's
-            span; its links lead to its steps.""",
+            """Far above the median: long prompts, or bursts. The points of that time on Overview
+            lead to traces of steps, linked with the requests in them.""",
         ),
         figure(
             "Per output token, p50",
@@ -101,9 +101,8 @@ def _latency() -> list[object]:
             "Time to the first token",
             _quantiles(_FIRST),
             "s",
-            """The points are requests with a trace. Rises with the queue: capacity. Rises alone:
-            prompts are longer or their chunks too small.""",
-            exemplars=True,
+            """Rises with the queue: capacity. Rises alone: prompts are longer or their chunks too
+            small.""",
             logarithmic=True,
         ),
         lines(
@@ -112,7 +111,6 @@ def _latency() -> list[object]:
             "s",
             """After the first. p99 far from p50: some are preempted (see KV cache), or share steps
             with long prompts: smaller chunks.""",
-            exemplars=True,
             logarithmic=True,
         ),
         lines(
@@ -121,7 +119,6 @@ def _latency() -> list[object]:
             "s",
             """From arrival to the first step. Grows without end: more comes in than is answered;
             refuse earlier or add a replica.""",
-            exemplars=True,
             logarithmic=True,
         ),
         lines(
@@ -146,15 +143,14 @@ def _heat_maps() -> list[object]:
             buckets(histogram),
             "s",
             description,
-            exemplars=True,
             width=12,
         )
         for title, histogram, description in (
             (
                 "Time to the first token",
                 _FIRST,
-                """Two bands: short and long prompts, or a queue that comes and goes. Click a point
-                of the upper one.""",
+                """Two bands: short and long prompts, or a queue that comes and goes. Those of the
+                upper one are in the traces of that time's steps.""",
             ),
             (
                 "Duration of requests",
