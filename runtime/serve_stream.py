@@ -7,6 +7,7 @@ what a later token could change, or a stop string could cut off, waits.
 """
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -53,7 +54,8 @@ class ChoiceStream:
             listed: list[tuple[int, SampledToken]] = []
             if choice.request.params.logprobs is not None:
                 pairs = list(zip(self._offsets, choice.output, strict=True))[self._num_listed :]
-                listed = [(offset, token) for offset, token in pairs if offset < end]
+                # Offsets may go back: where bytes turn out to be no character.
+                listed = list(takewhile(lambda pair: pair[0] < end, pairs))
         else:
             end = len(text)
             listed = shown(choice, text, self._tokenizer)[self._num_listed :]

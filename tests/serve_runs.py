@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from cli_runs import DEMO, finish, rank_processes, start
+
+for _library in ("starlette", "uvicorn"):
+    pytest.importorskip(_library, reason=f"{_library}, which `onecast serve` needs, is missing")
 
 _LINE = re.compile(r"onecast: serving (\S+) at (http://\S+) \(\d+ ranks?\)")
 

@@ -184,8 +184,8 @@ def test_a_client_that_goes_away_takes_its_sequences_with_it(engine: Engine, str
     assert engine.hear(Abort).call == asked.call
     # Its place is free again: as many as there may be are taken.
     clients = [Client(engine.url, COMPLETIONS, completion_body(n=2)) for _ in range(2)]
-    for _ in clients:
-        engine.finish(engine.hear(Ask))
+    for asked in [engine.hear(Ask), engine.hear(Ask)]:
+        engine.finish(asked)
     assert [client.answer().status for client in clients] == [200, 200]
 
 
