@@ -75,15 +75,23 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -
 
 
 @contextmanager
-def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
-    """Scrapes `target` five times a second and keeps exemplars."""
+def prometheus(folder: Path, target: str, *, discovers: bool = False) -> Iterator[Prometheus]:
+    """Scrapes `target` five times a second and keeps exemplars.
+
+    `discovers`: it scrapes not `target`, but what the target's /sd names.
+    """
     program, port = tool("prometheus"), free_port()
     config = folder / "prometheus.yml"
+    found = (
+        f"http_sd_configs: [{{url: http://{target}/sd, refresh_interval: 1s}}]"
+        if discovers
+        else f"static_configs: [{{targets: [{json.dumps(target)}]}}]"
+    )
     config.write_text(
         "global: {scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 500ms}\n"
         f"rule_files: [{json.dumps(str(RULES))}]\n"
         "scrape_configs:\n"
-        f"  - {{job_name: onecast, static_configs: [{{targets: [{json.dumps(target)}]}}]}}\n"
+        f"  - {{job_name: onecast, {found}}}\n"
     )
     log = folder / "prometheus.log"
     with log.open("wb") as output:

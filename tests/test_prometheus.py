@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from lifetimes import alone, place, sidecar_of
 from prometheus_server import DEPLOY, RULES, Prometheus, free_port, prometheus, tool, wait_for
 
 from onecast.comm.testing import run_ranks
@@ -25,7 +27,12 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 STEPS, REDUCTIONS = 30, 5
 ENGINE = 'engine "with" quotes\\'
-README = Path(__file__).parent.parent / "telemetry" / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "telemetry" / "README.md"
+CONFIGS = DEPLOY / "prometheus"
+VALUE_NAMES = "|".join(f"onecast_{value.metric}(_total)?" for value in VALUES)
+LOCAL = ("prometheus", "http_sd", "compose")  # what Debian's promtool can read
+__all__ = ["place"]  # a fixture
 
 
 def _device_and_graph(ring: RingWriter, run_dir: str, rank: int) -> None:
@@ -124,7 +131,7 @@ def _ask(server: Prometheus, url: str) -> dict[str, Any]:
         "graph": "onecast_collective_calls_total{mode='graph'}",
         "device": "onecast_collective_duration_seconds_sum{clock='device'}",
         "build": "onecast_build_info",
-        "values": "{__name__=~'onecast_(kv_blocks|sequences|tokens|prefix_cache).*'}",
+        "values": f"label_replace({{__name__=~'{VALUE_NAMES}'}}, 'of', '$1', '__name__', '(.*)')",
     }
     with urllib.request.urlopen(
         urllib.request.Request(url, headers={"Accept": "text/plain"}), timeout=10
@@ -238,7 +245,9 @@ def test_the_rules_load_and_find_nothing_wrong_with_a_good_run(seen: dict[str, A
         assert rule["health"] in ("ok", "unknown"), rule["name"]
         assert not rule.get("lastError"), rule
     assert any(rule["health"] == "ok" for rule in rules)
-    assert seen["alerts"]["alerts"] == []
+    # Of a run of seconds a rank may look like a straggler: that has to last five minutes.
+    firing = [alert for alert in seen["alerts"]["alerts"] if alert["state"] == "firing"]
+    assert firing == []
 
 
 def test_promtool_finds_no_fault_with_the_page(seen: dict[str, Any]) -> None:
@@ -256,7 +265,7 @@ def test_promtool_finds_no_fault_with_the_page(seen: dict[str, Any]) -> None:
     "arguments",
     [
         ("check", "rules", str(RULES)),
-        ("check", "config", str(DEPLOY / "prometheus.yml")),
+        *(("check", "config", str(CONFIGS / f"{name}.yml")) for name in LOCAL),
         ("test", "rules", str(DEPLOY / "prometheus" / "rules_test.yml")),
     ],
     ids=" ".join,
@@ -267,6 +276,81 @@ def test_promtool_passes_what_is_shipped(arguments: tuple[str, ...]) -> None:
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "SUCCESS" in checked.stdout and "FAILED" not in checked.stdout
+
+
+def test_it_finds_the_nodes_of_a_run_by_asking_one(place: Path, tmp_path: Path) -> None:
+    peer = alone()
+    peer_address = f"127.0.0.1:{sidecar_of(peer.run_dir).port}"
+    asked = alone(metrics_peers=(peer_address,))
+    address = f"127.0.0.1:{sidecar_of(asked.run_dir).port}"
+
+    def found(server: Prometheus) -> list[tuple[str, str]]:
+        targets = server.get("targets")["activeTargets"]
+        return sorted((one["labels"]["instance"], one["health"]) for one in targets)
+
+    try:
+        with prometheus(tmp_path, address, discovers=True) as server:
+            both = sorted([(address, "up"), (peer_address, "up")])
+            wait_for(lambda: found(server) == both, "both nodes are found and scraped")
+    finally:
+        asked.close()
+        peer.close()
+
+
+def test_the_kubernetes_variant_is_one_apart_from_its_discovery(tmp_path: Path) -> None:
+    """Debian's Prometheus is built without Kubernetes: files stand in for its discovery."""
+    config = yaml.safe_load((CONFIGS / "kubernetes.yml").read_text())
+    assert config["rule_files"] == ["rules.yml"]
+    (job,) = config["scrape_configs"]
+    (discovery,) = job.pop("kubernetes_sd_configs")
+    assert discovery["role"] == "pod"
+    (selector,) = discovery["selectors"]
+    pods = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "podmonitor.yaml").read_text())
+    name, _, value = selector["label"].partition("=")
+    assert pods["spec"]["selector"]["matchLabels"][name] == value
+    job["file_sd_configs"] = [{"files": [str(tmp_path / "pods.json")]}]
+    config["rule_files"] = [str(RULES)]
+    path = tmp_path / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config))
+    test_promtool_passes_what_is_shipped(("check", "config", str(path)))
+
+
+def _rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_every_rule_has_its_numbers_and_every_alert_fires_in_one_of_them() -> None:
+    tests = yaml.safe_load((CONFIGS / "rules_test.yml").read_text())["tests"]
+    expressions = " ".join(
+        one["expr"]
+        for test in tests
+        for one in test.get("promql_expr_test", [])
+        if one["exp_samples"]
+    )
+    fired = {
+        one["alertname"]
+        for test in tests
+        for one in test.get("alert_rule_test", [])
+        if one["exp_alerts"]
+    }
+    recorded = {rule["record"] for rule in _rules() if "record" in rule}
+    assert recorded == set(re.findall(r"onecast:[a-z_]+:[a-z0-9_]+", expressions))
+    assert fired == {rule["alert"] for rule in _rules() if "alert" in rule}
+
+
+def test_every_alert_says_what_it_is_what_to_do_and_where_to_read_on() -> None:
+    for rule in _rules():
+        if "alert" in rule:
+            said = rule["annotations"]
+            assert said.keys() == {"summary", "description", "runbook_url"}, rule["alert"]
+            assert len(said["description"]) > 80, rule["alert"]
+            path, _, anchor = said["runbook_url"].partition("#")
+            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), flags=re.MULTILINE)
+            anchors = {
+                re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in headings
+            }
+            assert not anchor or anchor in anchors, said["runbook_url"]
 
 
 def test_every_rule_reads_series_that_there_are() -> None:
