@@ -138,7 +138,7 @@ alone = pytest.mark.usefixtures("nothing_left_behind")
 @slow
 @alone
 def test_a_rank_without_a_core_of_its_own_is_waited_for(tmp_path: Path) -> None:
-    before, after, *_ = _tried(SITUATIONS["straggling-rank"](requests=8), tmp_path)
+    before, after, *_ = _tried(SITUATIONS["straggling-rank"](requests=24), tmp_path)
 
     def excess(answers: dict[str, float | None]) -> float:
         waits = [_number(answers[f"of a step rank {rank} waits for the other"]) for rank in (0, 1)]
@@ -151,7 +151,7 @@ def test_a_rank_without_a_core_of_its_own_is_waited_for(tmp_path: Path) -> None:
 @slow
 @alone
 def test_large_blocks_and_shared_memory_make_the_broadcast_small(tmp_path: Path) -> None:
-    before, after, first, last = _tried(SITUATIONS["broadcast-too-large"](requests=8), tmp_path)
+    before, after, first, last = _tried(SITUATIONS["broadcast-too-large"](requests=16), tmp_path)
     assert _number(before["bytes of a frame"]) > 4 * _number(after["bytes of a frame"])
     assert _number(before["broadcasts of a step"]) > 5
     assert after["broadcasts of a step"] == 0
@@ -164,7 +164,7 @@ def test_large_blocks_and_shared_memory_make_the_broadcast_small(tmp_path: Path)
 @slow
 @alone
 def test_blocks_for_all_end_the_swapping(tmp_path: Path) -> None:
-    before, after, first, last = _tried(SITUATIONS["swap-thrashing"](requests=24), tmp_path)
+    before, after, first, last = _tried(SITUATIONS["swap-thrashing"](requests=48), tmp_path)
     assert _number(before["blocks swapped out"]) > 0
     assert after["blocks swapped out"] == 0
     assert _number(before["sequences off the device, on average"]) > 0
@@ -176,7 +176,7 @@ def test_blocks_for_all_end_the_swapping(tmp_path: Path) -> None:
 @slow
 @alone
 def test_larger_chunks_take_fewer_steps(tmp_path: Path) -> None:
-    before, after, *_ = _tried(SITUATIONS["too-small-chunks"](requests=48), tmp_path)
+    before, after, *_ = _tried(SITUATIONS["too-small-chunks"](requests=96), tmp_path)
     a_step = "tokens of prompts a step computes"
     assert 0 < _number(before[a_step]) <= 32 < _number(after[a_step])
     assert _number(before["steps"]) > 4 * _number(after["steps"])
@@ -187,7 +187,8 @@ def test_larger_chunks_take_fewer_steps(tmp_path: Path) -> None:
 def test_a_desync_is_told_of_traced_and_gone_when_ranks_agree(tmp_path: Path) -> None:
     before, after, first, last = _tried(SITUATIONS["desync-hang"](timeout_s=4.0), tmp_path)
     assert (before["desyncs"], after["desyncs"]) == (1, 0)
-    assert (first.alert, last.alert) == ("firing", None)
+    assert first.alert is not None and first.alert[0] == "firing"
+    assert last.alert is None
     assert first.ended.status != 0 and last.ended.status == 0
     assert "ranks disagree on #97 of default_pg: rank 0 called all_reduce" in first.ended.output
     assert "ranks disagree" not in last.ended.output

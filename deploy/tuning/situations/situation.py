@@ -92,7 +92,7 @@ class Outcome:
     case: Case
     ended: Ended
     values: list[float | None]
-    alert: str | None
+    alert: tuple[str, float] | None  # its state, and for how many seconds
     spans: Spans
 
 

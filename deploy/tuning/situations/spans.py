@@ -43,6 +43,3 @@ class Spans:
 
     def longest_s(self, name: str, rank: int | None = None) -> float | None:
         return max(self._durations.get((name, rank), ()), default=None)
-
-    def total_s(self, name: str, rank: int | None = None) -> float:
-        return sum(self._durations.get((name, rank), ()))

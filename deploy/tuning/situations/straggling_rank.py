@@ -60,9 +60,9 @@ def _run(cpu_of_neighbours: int, requests: int) -> Callable[[Place], Ended]:
 
 
 def _waits(rank: int) -> Asked:
-    per_rank = f'{{CASE, rank="{rank}"}}[5m]'
-    waits = f"sum(rate(onecast_collective_arrival_wait_seconds_sum{per_rank}))"
-    steps = f"sum(rate(onecast_step_duration_seconds_sum{per_rank}))"
+    of_rank = f'{{CASE, rank="{rank}"}}'
+    waits = f"sum(onecast_collective_arrival_wait_seconds_sum{of_rank})"
+    steps = f"sum(onecast_step_duration_seconds_sum{of_rank})"
     return Asked(f"of a step rank {rank} waits for the other", f"{waits} / {steps}", "share")
 
 

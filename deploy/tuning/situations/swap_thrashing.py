@@ -61,6 +61,7 @@ def swap_thrashing(requests: int = 48) -> Situation:
                 "blocks swapped out",
                 'onecast_kv_blocks_moved_total{CASE, direction="swap_out", rank="0"}',
             ),
+            Asked("preemptions", 'sum(onecast_preemptions_total{CASE, rank="0"})'),
             Asked(
                 "sequences off the device, on average",
                 'avg_over_time(onecast_sequences{CASE, state="swapped", rank="0"}[5m])',

@@ -8,7 +8,7 @@ from .situation import Outcome, Shown, Situation
 def table(situation: Situation, outcomes: Sequence[Outcome]) -> str:
     """One column a case: its setting, what Prometheus answered, its spans."""
     rows = [["", *(outcome.case.setting for outcome in outcomes)]]
-    rows.append([f"alert `{situation.alert}`", *(outcome.alert or "-" for outcome in outcomes)])
+    rows.append([f"alert `{situation.alert}`", *map(_alert, outcomes)])
     for number, asked in enumerate(situation.asked):
         values = (number_with_unit(outcome.values[number], asked.unit) for outcome in outcomes)
         rows.append([asked.what, *values])
@@ -26,6 +26,13 @@ def table(situation: Situation, outcomes: Sequence[Outcome]) -> str:
         f"{outcome.case.name}: {line}" for outcome in outcomes for line in _said(situation, outcome)
     ]
     return "\n".join([*lines, "", *said, f"Knob: {situation.knob}."])
+
+
+def _alert(outcome: Outcome) -> str:
+    if outcome.alert is None:
+        return "-"
+    state, seconds = outcome.alert
+    return f"{state}, {number_with_unit(seconds, 's')}"
 
 
 def _duration_s(outcome: Outcome, shown: Shown) -> float | None:

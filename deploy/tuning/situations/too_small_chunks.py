@@ -39,6 +39,7 @@ def too_small_chunks(requests: int = 96) -> Situation:
                 "tokens of prompts a step computes",
                 f'sum(onecast_tokens_total{{CASE, kind="prompt"}}) / {STEPS}',
             ),
+            Asked("of its tokens a step computes", "onecast:step_tokens:share5m{CASE}", "share"),
             Asked("steps", STEPS),
             STEP,
             PROMPT,
