@@ -94,8 +94,10 @@ def test_the_services_find_one_another() -> None:
     provisioned = "\n".join(
         path.read_text() for path in (DEPLOY / "grafana" / "provisioning").rglob("*.y*ml")
     )
-    wanted = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", provisioned))
-    assert wanted <= set(services["grafana"]["environment"]), "variables of the data sources"
+    sources = re.findall(r"url: http://([a-z]+):(\d+)$", provisioned, re.MULTILINE)
+    assert sorted(sources) == [("jaeger", "16686"), ("prometheus", "9090")]
+    for name, port in sources:
+        assert int(port) in {published["target"] for published in services[name]["ports"]}
     mounted = {volume["target"] for volume in services["grafana"]["volumes"]}
     assert set(re.findall(r"path: (\S+)", provisioned)) <= mounted
 
