@@ -62,7 +62,7 @@ bench: install ## measure everything that is claimed here (ARGS="--quick")
 
 # No set-up: it is for machines that have torch and no network.
 gpu-check: ## the tests and benchmarks that need a GPU (ARGS="--json FILE")
-	@PYTHONPATH=.links $(or $(wildcard $(BIN)/python),$(PYTHON)) -P -m onecast.runtime.gpu_check $(ARGS)
+	@PYTHONPATH=.links$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(wildcard $(BIN)/python),$(PYTHON)) -P -m onecast.runtime.gpu_check $(ARGS)
 
 build: install ## the wheel, into dist/
 	rm -rf build
