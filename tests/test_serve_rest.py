@@ -23,7 +23,8 @@ from onecast.runtime.scheduler import Scheduler, SchedulerConfig
 from onecast.runtime.tokenizer import Tokenizer
 
 TOGETHER = 5  # requests between two rests
-CUT_AFTER = 7  # steps, when a copy of them all is aborted: what was planned ahead is left over
+# Steps, after which copies of them all are aborted: what was planned ahead is left over. 0: never.
+CUTS = (*range(3, 43, 4), 0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def _run(rank: int, case: Case) -> tuple[list[list[list[int]]], int, int] | int:
     pairs = list(zip(case.prompts, case.params, strict=True))
     tokens = []
     for first in range(0, len(pairs), TOGETHER):
-        for cut in (True, False):
+        for cut in CUTS:
             requests = [
                 Request(f"{first}-{number}-{cut}", tuple(prompt), params)
                 for number, (prompt, params) in enumerate(pairs[first : first + TOGETHER])
@@ -87,7 +88,7 @@ def _run(rank: int, case: Case) -> tuple[list[list[list[int]]], int, int] | int:
             while engine.has_unfinished:
                 engine.step()
                 steps += 1
-                if cut and steps == CUT_AFTER:
+                if steps == cut:
                     for request in requests:
                         engine.abort(request.request_id)
             for _ in range(3):
