@@ -59,6 +59,7 @@ bench: install ## measure everything that is claimed here (ARGS="--quick")
 	$(BIN)/onecast bench blocks $(ARGS)
 	$(BIN)/onecast bench step $(ARGS)
 	$(BIN)/onecast bench e2e $(ARGS)
+	$(BIN)/onecast bench nodes $(ARGS)
 
 # No set-up: it is for machines that have torch and no network.
 gpu-check: ## the tests and benchmarks that need a GPU (ARGS="--json FILE")
