@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from .batches import write_batch
-from .runs import Ended, generate
+from .generating import generating
+from .runs import Ended
 from .situation import (
     GENERATED,
     STEP,
@@ -18,19 +18,9 @@ from .situation import (
 
 
 def _run(*options: str, requests: int) -> Callable[[Place], Ended]:
-    def run(place: Place) -> Ended:
-        batch = write_batch(
-            place.folder / "batch.jsonl", requests=requests, prompt_words=200, max_tokens=200
-        )
-        return generate(
-            batch,
-            place.folder,
-            port=place.port,
-            trace=place.trace,
-            options=(*options, "--max-batch-size=8"),
-        )
-
-    return run
+    return generating(
+        *options, "--max-batch-size=8", requests=requests, prompt_words=200, max_tokens=200
+    )
 
 
 def broadcast_too_large(requests: int = 32) -> Situation:

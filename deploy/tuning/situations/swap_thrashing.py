@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from .batches import write_batch
-from .runs import Ended, generate
+from .generating import generating
+from .runs import Ended
 from .situation import (
     GENERATED,
     STEP,
@@ -18,19 +18,9 @@ from .situation import (
 
 
 def _run(*options: str, requests: int) -> Callable[[Place], Ended]:
-    def run(place: Place) -> Ended:
-        batch = write_batch(
-            place.folder / "batch.jsonl", requests=requests, prompt_words=40, max_tokens=150
-        )
-        return generate(
-            batch,
-            place.folder,
-            port=place.port,
-            trace=place.trace,
-            options=(*options, "--no-prefix-caching"),
-        )
-
-    return run
+    return generating(
+        *options, "--no-prefix-caching", requests=requests, prompt_words=40, max_tokens=150
+    )
 
 
 def swap_thrashing(requests: int = 48) -> Situation:

@@ -2,19 +2,13 @@
 
 from collections.abc import Callable
 
-from .batches import write_batch
-from .runs import Ended, generate
+from .generating import generating
+from .runs import Ended
 from .situation import PROMPT, STEP, STEPS, Asked, Case, Place, Shown, Situation
 
 
 def _run(*options: str, requests: int) -> Callable[[Place], Ended]:
-    def run(place: Place) -> Ended:
-        batch = write_batch(
-            place.folder / "batch.jsonl", requests=requests, prompt_words=280, max_tokens=8
-        )
-        return generate(batch, place.folder, port=place.port, trace=place.trace, options=options)
-
-    return run
+    return generating(*options, requests=requests, prompt_words=280, max_tokens=8)
 
 
 def too_small_chunks(requests: int = 96) -> Situation:
