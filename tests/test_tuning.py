@@ -1,5 +1,6 @@
 """The guide says what is so: its commands reproduce what it describes, its knobs mend it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -137,6 +138,7 @@ alone = pytest.mark.usefixtures("nothing_left_behind")
 
 @slow
 @alone
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 3, reason="two ranks and a neighbour: 3 CPUs")
 def test_a_rank_without_a_core_of_its_own_is_waited_for(tmp_path: Path) -> None:
     before, after, *_ = _tried(SITUATIONS["straggling-rank"](requests=24), tmp_path)
 
