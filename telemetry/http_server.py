@@ -105,8 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _address(self) -> str:
         """This server's, as the client has it; the port it listens on where none is named."""
-        host, port = self.server.server_address[:2]
-        asked = self.headers.get("Host") or str(host)
+        host, port = self.connection.getsockname()[:2]
+        asked = self.headers.get("Host") or (f"[{host}]" if ":" in host else host)
         named = asked.rpartition("]")[2]  # what follows an IPv6 address
         return asked if ":" in named else f"{asked}:{port}"
 
