@@ -68,7 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.print_help()
         return 0 if {"-h", "--help"} & {*rest} else 2
     if options.command == "bench":
-        return _bench(options.what, rest)
+        try:
+            return _bench(options.what, rest)
+        except KeyboardInterrupt:
+            print(f"onecast: bench {options.what} was stopped by SIGINT", file=sys.stderr)
+            return 130
     if options.command == "gpu-check":
         from . import gpu_check
 

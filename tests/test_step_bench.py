@@ -199,6 +199,15 @@ def test_a_stopwatch_times_calls_of_one_object_and_phases_that_are_waited_for():
     assert not any(watch.take().values())
 
 
+def test_an_interrupted_bench_says_so_in_one_line(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "main", interrupted)
+    assert cli.main(["bench", "step", "--quick"]) == 130
+    assert capsys.readouterr().err == "onecast: bench step was stopped by SIGINT\n"
+
+
 def test_the_tables_fit_100_columns_and_nothing_is_cut(report, capsys):
     report = {
         **report,
