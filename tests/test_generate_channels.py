@@ -46,9 +46,9 @@ def run_over_all(rank: int, checkpoint: Path, batch: Path, folder: Path) -> dict
     for name in CHANNELS:
         output = folder / f"{name}.jsonl"
         config = RunConfig(
-            checkpoint,
-            batch,
-            output,
+            model=checkpoint,
+            input=batch,
+            output=output,
             tp=2,
             channel=name,
             num_blocks=20,

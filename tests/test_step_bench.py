@@ -160,7 +160,7 @@ def test_figures_are_medians_over_launches_with_the_spread_of_each():
 
 
 def test_every_benchmark_that_the_command_names_is_there():
-    assert cli.BENCHES == ("comm", "telemetry", "blocks", "step", "e2e")
+    assert cli.BENCHES == ("comm", "telemetry", "blocks", "step", "e2e", "nodes")
     for name in cli.BENCHES:
         with pytest.raises(SystemExit) as ended:
             cli.main(["bench", name, "--help"])
