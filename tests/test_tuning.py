@@ -169,7 +169,9 @@ def test_blocks_for_all_end_the_swapping(tmp_path: Path) -> None:
     before, after, first, last = _tried(SITUATIONS["swap-thrashing"](requests=48), tmp_path)
     assert _number(before["blocks swapped out"]) > 0
     assert after["blocks swapped out"] == 0
-    assert _number(before["sequences off the device, on average"]) > 0
+    assert _number(before["preemptions"]) > 0 == after["preemptions"]
+    # Of a gauge, only what a scrape happens to see: one that never saw a swapped sequence says 0.
+    assert _number(before["sequences off the device, on average"]) >= 0
     assert _number(before["steps"]) > 2 * _number(after["steps"])
     assert {"kv.swap_out", "kv.swap_in"} <= first.spans.names()
     assert not {"kv.swap_out", "kv.swap_in"} & last.spans.names()
