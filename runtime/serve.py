@@ -16,11 +16,14 @@ from .assembly import make_engine
 from .engine import Engine
 from .front_end import FrontEnd
 from .model_config import ModelConfig
+from .observer import Observer
 from .rank import Rank
 from .request import Request, Sequence, TraceHeaders
 from .serve_config import ServeConfig
 from .serve_messages import (
+    STATUSES,
     Abort,
+    Answered,
     Ask,
     Drain,
     Drained,
@@ -56,6 +59,7 @@ def serve(config: ServeConfig, rank: Rank, front_end: FrontEnd) -> None:
             engine,
             front_end,
             stop,
+            rank.observer,
             drain_timeout_s=config.drain_timeout_s,
             idle_s=min(IDLE_S, config.timeout_s / _SIGNS_PER_TIMEOUT),
         )
@@ -93,6 +97,7 @@ class Server:
         engine: Engine,
         front_end: FrontEnd,
         stop: StopSignal,
+        observer: Observer,
         *,
         drain_timeout_s: float,
         idle_s: float,
@@ -101,6 +106,7 @@ class Server:
         self._engine = engine
         self._front_end = front_end
         self._stop = stop
+        self._observer = observer
         self._drain_timeout_s = drain_timeout_s
         self._idle_s = idle_s
         self._deadline_s: float | None = None  # once it drains; CLOCK_MONOTONIC
@@ -137,6 +143,9 @@ class Server:
             call_or_none = self._calls.get(message.call)  # else its last word was on its way
             if call_or_none is not None:
                 self._abort(call_or_none)
+        elif isinstance(message, Answered):
+            for status in STATUSES:
+                self._observer.set_value(f"http_responses.{status}", message.by_status[status])
         else:
             assert isinstance(message, Drained), message
             self._drained = True

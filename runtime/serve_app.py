@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .body_fields import BodyFields, RequestError, error_body, show
 from .openai_body import CHAT_URL, COMPLETIONS_URL, BodyContext, Call, parse_request
@@ -24,6 +24,7 @@ from .openai_response import response_body
 from .request import TraceHeaders
 from .serve_client import LOST, READY, Busy, EngineClient, LiveCall
 from .serve_stream import CallStream, event
+from .serve_tally import Tally
 
 _MOST_BODY_BYTES = 32 << 20
 _INLINE_BYTES = 1 << 14  # a body that is parsed right here; a larger one in a thread
@@ -31,8 +32,8 @@ _RETRY_S = 5  # while the engine starts, or has been asked to stop
 _LOST_TEXT = "the engine was stopped before it had finished this request"
 
 
-def make_app(client: EngineClient) -> Starlette:
-    return Starlette(
+def make_app(client: EngineClient) -> ASGIApp:
+    app = Starlette(
         routes=[
             Route(COMPLETIONS_URL, _answers(client, COMPLETIONS_URL), methods=["POST"]),
             Route(CHAT_URL, _answers(client, CHAT_URL), methods=["POST"]),
@@ -43,6 +44,7 @@ def make_app(client: EngineClient) -> Starlette:
         ],
         exception_handlers={HTTPException: _refused, Exception: _broken},
     )
+    return Tally(app, (COMPLETIONS_URL, CHAT_URL), client.count_answer)
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]

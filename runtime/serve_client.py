@@ -8,7 +8,7 @@ import asyncio
 import math
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from .admission import SchedulerConfig
@@ -17,7 +17,9 @@ from .model_config import ModelConfig
 from .openai_body import BodyContext, Call
 from .request import SampledToken
 from .serve_messages import (
+    STATUSES,
     Abort,
+    Answered,
     Ask,
     Drain,
     Drained,
@@ -37,6 +39,7 @@ STARTING, READY, DRAINING, LOST = "starting", "ready", "draining", "lost"
 _CHUNK_BYTES = 1 << 18
 _REMEMBERED = 32  # ends of sequences, for when to come again
 _LATEST_RETRY_S = 60
+_TOLD_S = 0.5  # between two times that the engine is told how many answers there were
 
 
 class Busy(Exception):
@@ -79,6 +82,8 @@ class EngineClient:
         self._num_calls = 0
         self._num_unfinished = 0  # sequences
         self._ends_s: deque[float] = deque(maxlen=_REMEMBERED)
+        self._answers: Counter[int] = Counter()  # by status
+        self._telling: asyncio.TimerHandle | None = None
 
     async def run(self, end: socket.socket, first: ToEngine) -> None:
         """Say `first`, then take what the engine says until it closes the socket."""
@@ -141,6 +146,17 @@ class EngineClient:
         if not live.finished and self.state != LOST:
             self._send(Abort(live.number))
 
+    def count_answer(self, status: int) -> None:
+        """A body has been answered; rank 0 publishes how many were."""
+        self._answers[status] += 1
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(_TOLD_S, self._tell_answers)
+
+    def _tell_answers(self) -> None:
+        self._telling = None
+        if self.state in (READY, DRAINING):  # before, nobody has a place to publish them at
+            self._send(Answered({status: self._answers[status] for status in STATUSES}))
+
     def _take(self, message: ToServer) -> None:
         if isinstance(message, Progress):
             for news in message.news:
@@ -152,6 +168,7 @@ class EngineClient:
             name = self.setup.model_name
             self.context = body_context(message.limits, self.tokenizer, self._model, name)
             self.state = READY
+            self._tell_answers()
         else:
             assert isinstance(message, Drain), message
             self.state = DRAINING

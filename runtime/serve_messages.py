@@ -10,7 +10,7 @@ Owns the messages and their framing on a stream socket. Knows nothing of who act
          <------------- Setup -------------      first of all
          ------------- Bound ------------->      or Failed
          <----------- Serving -------------      the model is loaded
-         ------- Ask, Abort ... ---------->
+         --- Ask, Abort, Answered ... ---->
          <----------- Progress ------------      of each step that concerns a request
          <------------ Drain --------------      take no more requests
          ----------- Drained ------------->      no Ask comes after it
@@ -30,6 +30,9 @@ from .request import SamplingParams
 
 _LENGTH = struct.Struct("<I")
 _MOST_BYTES: Final = 1 << 30  # a length beyond is no length
+
+# Of answers that are told apart; 499: the client went away before the end.
+STATUSES: Final = (200, 400, 404, 405, 413, 429, 499, 500, 503)
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -105,7 +108,13 @@ class Drained(_Message, frozen=True):
     pass
 
 
-ToEngine = Bound | Failed | Ask | Abort | Drained
+class Answered(_Message, frozen=True):
+    """Request bodies so far, also those no engine ever saw, by each of STATUSES."""
+
+    by_status: dict[int, int]
+
+
+ToEngine = Bound | Failed | Ask | Abort | Drained | Answered
 ToServer = Setup | Serving | Progress | Drain
 
 

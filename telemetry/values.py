@@ -14,6 +14,10 @@ class Value(NamedTuple):
     counter: bool
 
 
+# What a server of requests answers; 499: the client had gone before the answer's end.
+HTTP_STATUSES = (200, 400, 404, 405, 413, 429, 499, 500, 503)
+
+
 def _values() -> list[Value]:
     found = []
     for pool in ("device", "host"):
@@ -36,6 +40,10 @@ def _values() -> list[Value]:
     for pool in ("device", "host"):
         found.append(Value(f"kv_blocks_evicted.{pool}", "kv_blocks_evicted", {"pool": pool}, True))
     found.append(Value("step_tokens_limit", "step_tokens_limit", {}, False))
+    for status in HTTP_STATUSES:
+        found.append(
+            Value(f"http_responses.{status}", "http_responses", {"status": str(status)}, True)
+        )
     return found
 
 
@@ -49,6 +57,7 @@ METRIC_HELP = {
     "kv_blocks_evicted": "Cached blocks whose content was given up so that they could be reused",
     "preemptions": "Sequences taken off the device: swapped to the host, or to be computed again",
     "step_tokens_limit": "Most tokens that one step may compute",
+    "http_responses": "Answers of the HTTP server to completions and chats, by status",
     "sequences": "Sequences (choices of requests) by state",
     "tokens": "Tokens of prompts computed and tokens generated",
     "prefix_cache_tokens": "Tokens of admitted sequences found in the prefix cache, or computed",

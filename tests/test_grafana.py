@@ -15,6 +15,8 @@ import pytest
 import yaml
 from cli_runs import completion, finish, generate_args, start, write_batch
 from prometheus_server import DEPLOY, Prometheus, free_port, prometheus, wait_for
+from serve_runs import ask as ask_server
+from serve_runs import completion_body, serving
 
 from onecast.telemetry.catalogue import CATALOGUE
 
@@ -185,7 +187,8 @@ class _Observed:
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Observed]:
-    """A run of two ranks with swaps, copies, hits of the prefix cache, and steps by broadcast."""
+    """A batch on two ranks with swaps, copies, hits of the prefix cache, and steps by broadcast,
+    and then a server, whose metrics come at the same address."""
     folder, port = tmp_path_factory.mktemp("grafana"), free_port()
     shared = "And it came to pass in those days, that the king of the land said unto them, " * 2
     lines = [
@@ -198,8 +201,8 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Observed]:
         )
         for i in range(120)
     ]
-    trace = folder / "trace.json"
-    options = ("--num-blocks=56", "--num-host-blocks=32", f"--trace={trace}")
+    traces = folder / "batch.trace.json", folder / "server.trace.json"
+    options = ("--num-blocks=56", "--num-host-blocks=32", f"--trace={traces[0]}")
     args = generate_args(
         write_batch(folder / "in.jsonl", lines), folder / "out.jsonl", *options,
         "--channel=process-group", f"--metrics-port={port}",
@@ -209,6 +212,10 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Observed]:
         began_s = time.time()
         status, _, err = finish(start(*args))
         assert status == 0, err
+        with serving(f"--metrics-port={port}", f"--trace={traces[1]}") as one:
+            for body in (b"{", *[completion_body()] * 3):
+                ask_server(one.url, "/v1/completions", body)
+                time.sleep(1)
         up = server.get(
             "query_range",
             query="min(onecast_up) == 1",
@@ -218,8 +225,9 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Observed]:
         )["result"]
         lived = [float(t) for t, _ in up[0]["values"]]
         span = Span(lived[0], lived[-1], step_s=0.5, scrape_s=0.5)
-        spans = [one for entry in json.loads(trace.read_text())["data"] for one in entry["spans"]]
-        yield _Observed(server, span, {span["traceID"] for span in spans})
+        entries = [entry for trace in traces for entry in json.loads(trace.read_text())["data"]]
+        spans = [one for entry in entries for one in entry["spans"]]
+        yield _Observed(server, span, {one["traceID"] for one in spans})
 
 
 @pytest.mark.slow

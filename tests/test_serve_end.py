@@ -17,6 +17,8 @@ import pytest
 from cli_runs import DEMO, finish, wait_for
 from serve_runs import ask, completion_body, connect, serving, wait_until_serving
 
+from onecast.runtime.serve_messages import STATUSES
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_left_behind")]
 
 PATH = "/v1/completions"
@@ -120,6 +122,7 @@ def test_requests_are_measured_and_idle_time_is_in_no_step() -> None:
         for _ in range(3):
             assert ask(one.url, PATH, completion_body()).status == 200
             time.sleep(1.5)
+        assert ask(one.url, PATH, b"{").status == 400
         address = f"http://127.0.0.1:{port}/metrics"
 
         def scrape() -> dict[str, float]:
@@ -128,14 +131,19 @@ def test_requests_are_measured_and_idle_time_is_in_no_step() -> None:
             pairs = (line.rsplit(" ", 1) for line in lines if line[:1] != "#" and "# {" not in line)
             return {name: float(value) for name, value in pairs}
 
+        refused = 'onecast_http_responses_total{rank="0",status="400"}'
+        served = 'onecast_request_duration_seconds_count{rank="0"}'
         wait_for(
-            lambda: scrape().get('onecast_request_duration_seconds_count{rank="0"}') == 3,
+            lambda: (found := scrape()).get(served) == 3 and found.get(refused) == 1,
             "the requests to be counted",
             20,
         )
         found = scrape()
     for name in ("queue", "time_to_first_token"):
         assert found[f'onecast_request_{name}_seconds_count{{rank="0"}}'] == 3
+    for status in STATUSES:  # from the start on: what appears with its first event has no rate
+        answers = found[f'onecast_http_responses_total{{rank="0",status="{status}"}}']
+        assert answers == {200: 3, 400: 1}.get(status, 0)
     for rank in (0, 1):
         steps = found[f'onecast_step_duration_seconds_count{{rank="{rank}"}}']
         assert steps == 3 * 8, "an idle engine makes no steps"

@@ -14,7 +14,9 @@ from onecast.runtime.admission import SchedulerConfig
 from onecast.runtime.front_end import FrontEnd, FrontEndLost
 from onecast.runtime.serve_config import ServeConfig
 from onecast.runtime.serve_messages import (
+    STATUSES,
     Abort,
+    Answered,
     Ask,
     Drain,
     Drained,
@@ -45,6 +47,7 @@ class Engine:
         self.front_end = FrontEnd.start(config)
         self.url = self.front_end.url
         self._heard: list[Any] = []
+        self.answered: dict[int, int] = {}  # those there were, by status
 
     def serve(self) -> "Engine":
         self.front_end.send(Serving(LIMITS))
@@ -55,14 +58,30 @@ class Engine:
         """The next message, which must be of `kind`."""
 
         def heard() -> bool:
-            self.front_end.wait(0.05)
-            self._heard += self.front_end.receive()
+            self._receive()
             return bool(self._heard)
 
         wait_for(heard, kind.__name__)
         message = self._heard.pop(0)
         assert isinstance(message, kind), message
         return message
+
+    def await_answers(self, by_status: dict[int, int]) -> None:
+        def told() -> bool:
+            self._receive()
+            return self.answered == by_status
+
+        wait_for(told, f"answers {by_status}")
+
+    def _receive(self) -> None:
+        self.front_end.wait(0.05)
+        for message in self.front_end.receive():
+            if isinstance(message, Answered):
+                by_status = message.by_status
+                assert tuple(by_status) == STATUSES
+                self.answered = {status: count for status, count in by_status.items() if count}
+            else:
+                self._heard.append(message)
 
     def tell(self, call: int, choice: int, ids: list[int], ended: Ended | None = None) -> None:
         self.front_end.send(Progress([News(call, choice, ids, None, ended)]))
@@ -187,6 +206,30 @@ def test_a_client_that_goes_away_takes_its_sequences_with_it(engine: Engine, str
     for asked in [engine.hear(Ask), engine.hear(Ask)]:
         engine.finish(asked)
     assert [client.answer().status for client in clients] == [200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rank_0_is_told_how_many_answers_there_were_by_status(
+    starting: Engine, stream: bool
+) -> None:
+    assert ask(starting.url, COMPLETIONS, completion_body()).status == 503
+    engine = starting.serve()
+    engine.await_answers({503: 1})
+    served = Client(engine.url, COMPLETIONS, completion_body(stream=stream, n=2))
+    asked = engine.hear(Ask)
+    left = connect(engine.url)
+    body = json.dumps(completion_body(stream=stream, n=2)).encode()
+    left.request("POST", COMPLETIONS, body)
+    engine.tell(engine.hear(Ask).call, 0, [5])
+    assert ask(engine.url, COMPLETIONS, completion_body()).status == 429
+    left.close()
+    engine.hear(Abort)
+    engine.finish(asked)
+    assert served.answer().status == 200
+    assert ask(engine.url, CHAT, b"{").status == 400
+    assert ask(engine.url, COMPLETIONS, completion_body(model="other")).status == 404
+    assert ask(engine.url, "/v1/models").status == 200  # of bodies alone
+    engine.await_answers({503: 1, 200: 1, 429: 1, 499: 1, 400: 1, 404: 1})
 
 
 def test_headers_join_the_callers_trace_and_come_before_metadata(engine: Engine) -> None:

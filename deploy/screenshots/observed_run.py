@@ -2,16 +2,18 @@
 
 Owns the batch, the processes and their end. The same load goes over three ways of sending a step
 one after the other, so that the boards show a difference: many broadcasts for a step, as before
-onecast; one for its frame; and shared memory.
+onecast; one for its frame; and shared memory. Then a server gets more requests than it takes.
 """
 
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -23,9 +25,12 @@ from typing import Any
 
 SCRAPE_S = 1.0
 CHANNELS = ("two-broadcasts", "process-group", "shared-memory")
+_CLIENTS, _CLIENTS_S = 48, 20.0
 _ROOT = Path(__file__).parents[2]
 _MODEL = _ROOT / "runtime" / "demo" / "checkpoint"
 _ENDS_S = 900.0
+_ONECAST = (sys.executable, "-P", "-c", "from onecast.runtime.cli import main; main()")
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ONECAST_TRACE_ONE_IN": "50"}
 _SYSTEM = "You are a scribe. Answer in the words of the old books, and be brief. " * 3
 _ASKED = (
     "Who made the heaven and the earth?",
@@ -131,7 +136,8 @@ def write_batch(path: Path, requests: int, seed: int) -> Path:
 
 
 def run(folder: Path, port: int, requests: int, tp: int) -> tuple[float, float]:
-    """The load, once per way of sending a step; when it began and ended, by time.time()."""
+    """The load, once per way of sending a step, and the server; when all this began and ended, by
+    time.time()."""
     began = time.time()
     for number, channel in enumerate(CHANNELS):
         batch = write_batch(folder / f"{channel}.jsonl", requests, seed=number)
@@ -147,14 +153,67 @@ def run(folder: Path, port: int, requests: int, tp: int) -> tuple[float, float]:
             "--num-host-blocks": 160,
             "--max-batch-size": 24,
         }
-        command = [sys.executable, "-P", "-c", "from onecast.runtime.cli import main; main()"]
-        command += ["generate", *(f"{name}={value}" for name, value in options.items())]
         subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ONECAST_TRACE_ONE_IN": "50"},
+            [*_ONECAST, "generate", *(f"{name}={value}" for name, value in options.items())],
+            env=_ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             check=True,
             timeout=_ENDS_S,
             cwd=folder,
         )
+    _serve(folder, port, tp)
     return began, time.time()
+
+
+def _serve(folder: Path, port: int, tp: int) -> None:
+    """A server with a short queue, and more clients than it takes, each as fast as it can."""
+    options = {
+        "--model": _MODEL,
+        "--tp": tp,
+        "--port": 0,
+        "--served-model-name": "demo",
+        "--metrics-port": port,
+        "--num-blocks": 80,
+        "--max-batch-size": 24,
+        "--max-queue": 12,
+    }
+    server = subprocess.Popen(
+        [*_ONECAST, "serve", *(f"{name}={value}" for name, value in options.items())],
+        env=_ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+    assert server.stdout is not None
+    try:
+        said = server.stdout.readline()
+        found = re.search(r" at (http://\S+) ", said)
+        if found is None:
+            raise SystemExit(f"the server does not serve: {said!r}")
+        ends_s = time.monotonic() + _CLIENTS_S
+        clients = [
+            threading.Thread(target=_ask, args=(f"{found[1]}/v1/completions", ends_s, number))
+            for number in range(_CLIENTS)
+        ]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _ask(url: str, ends_s: float, seed: int) -> None:
+    draw = random.Random(seed)
+    while time.monotonic() < ends_s:
+        body = {
+            "model": "demo",
+            "prompt": draw.choice(_ASKED) * draw.choice((1, 1, 2, 9)),
+            "max_tokens": draw.choice((8, 16, 32, 64, 96)),
+        }
+        try:
+            urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60).read()
+        except urllib.error.HTTPError as error:
+            error.close()
+            time.sleep(0.5)  # turned away: it should wait for longer, and does not

@@ -170,7 +170,7 @@ def _load() -> list[object]:
             "short",
             """waiting above 0 all the time: the engine is full. running below --max-batch-size
             then: blocks are short, see KV cache.""",
-            width=8,
+            width=6,
         ),
         lines(
             "Requests that ended, by why",
@@ -179,7 +179,16 @@ def _load() -> list[object]:
             """abort: whoever asked went away, perhaps after waiting too long. An error type: look
             into the result lines.""",
             stacked=True,
-            width=8,
+            width=6,
+        ),
+        lines(
+            "Answers over HTTP, by status",
+            [Query(sum_rate("onecast_http_responses_total", ("status",)), "{{status}}")],
+            "reqps",
+            """Of a server. 429: the queue is full, 503: it starts or ends; more replicas. 499: the
+            client went away first. 400: one of the clients asks for what there is not.""",
+            stacked=True,
+            width=6,
         ),
         lines(
             "Tokens of an answer, mean",
@@ -202,6 +211,6 @@ def _load() -> list[object]:
             "short",
             """Explains durations: twice as long for answers twice as long is no fault. Exact only
             over times longer than a request.""",
-            width=8,
+            width=6,
         ),
     ]
