@@ -9,10 +9,12 @@ and torch's own prefix in the store is that number: ranks would wait for one ano
 places. So rank 0 calls, anew in each attempt, and goes on with those that answer this very call:
 
     onecast/call              <call>, written by rank 0
-    onecast/answer/<call>/<r> JSON {"nonce", "address"}, by each other rank, to each new <call>
+    onecast/answer/<call>/<r> JSON {"nonce", "address", "node", "terms"}, by each other rank, to
+                              each new <call>
     onecast/refused/<call>    why a rank cannot take part: a bad option
-    onecast/roll/<call>       JSON {"nonces": [...], "addresses": [...]} or {"refused": why}, by
-                              rank 0; who finds its own nonce there is in
+    onecast/roll/<call>       JSON {"nonces": [...], "addresses": [...]}, {"refused": why} or
+                              {"nonces": [...], "missing": who}, by rank 0; it is of the processes
+                              that find their own nonces there
 
 What an earlier attempt has left there has no process's nonce of now, and does not matter.
 """
@@ -20,7 +22,7 @@ What an earlier attempt has left there has no process's nonce of now, and does n
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,10 +30,12 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from .config import RankEnvironment
+from .terms import disagreement
 
 _PREFIX = "onecast"
 _POLL_S = 0.01
 _REFUSE_S = 5.0  # for rank 0 to call, before a rank that cannot take part leaves without a word
+_VERDICT_S = 5.0  # beyond the time-out, for rank 0 to say who is missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class RollCall:
 
     def __init__(self, environment: RankEnvironment, *, timeout_s: float) -> None:
         self._rank = environment.rank
+        self._node = environment.node
         self._world_size = environment.world_size
         self._timeout_s = timeout_s
         self._nonce = secrets.token_hex(8)
@@ -71,17 +76,18 @@ class RollCall:
             self._refuse(str(error))
             raise
 
-    def answer(self, address: str) -> Roll:
+    def answer(self, address: str, terms: Mapping[str, str] | None = None) -> Roll:
         """Take part, with an address to be reached at; returns when all ranks do.
 
-        ValueError: a rank refused. TimeoutError names the ranks that did not come.
+        ValueError: a rank refused, or has other `terms` than the others. TimeoutError names the
+        ranks that did not come.
         """
-        return self._call(address) if self._rank == 0 else self._answer(address)
+        answer = self._call if self._rank == 0 else self._answer
+        return answer(address, terms or {})
 
-    def _call(self, address: str) -> Roll:
+    def _call(self, address: str, terms: Mapping[str, str]) -> Roll:
         call = self._new_call()
-        others = list(range(1, self._world_size))
-        missing = others
+        missing = list(range(1, self._world_size))
         deadline = time.monotonic() + self._timeout_s
         while missing := [r for r in missing if not self._store.check([f"answer/{call}/{r}"])]:
             if self._store.check([f"refused/{call}"]):
@@ -89,34 +95,47 @@ class RollCall:
                 self._store.set(f"roll/{call}", json.dumps({"refused": why}))
                 raise ValueError(why)
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"waited {self._timeout_s:g} s for {name_ranks(missing)} in vain"
-                )
+                who = name_ranks(missing)
+                there = [json.loads(answer)["nonce"] for answer in self._answers(call, missing)]
+                self._store.set(f"roll/{call}", json.dumps({"missing": who, "nonces": there}))
+                raise TimeoutError(f"waited {self._timeout_s:g} s for {who} in vain")
             time.sleep(_POLL_S)
-        answers = [json.loads(self._store.get(f"answer/{call}/{r}")) for r in others]
+        answers = [json.loads(answer) for answer in self._answers(call)]
+        all_terms = [terms, *(answer.get("terms", {}) for answer in answers)]
+        why_not = disagreement(all_terms, [self._node, *(a.get("node", 0) for a in answers)])
+        if why_not is not None:
+            self._store.set(f"roll/{call}", json.dumps({"refused": why_not}))
+            raise ValueError(why_not)
         nonces = [self._nonce, *(answer["nonce"] for answer in answers)]
         addresses = [address, *(answer["address"] for answer in answers)]
         self._store.set(f"roll/{call}", json.dumps({"nonces": nonces, "addresses": addresses}))
         return self._roll(call, addresses)
 
-    def _answer(self, address: str) -> Roll:
+    def _answer(self, address: str, terms: Mapping[str, str]) -> Roll:
+        own = {"nonce": self._nonce, "address": address, "node": self._node, "terms": terms}
+        answer = json.dumps(own)
         answered: str | None = None
         deadline = time.monotonic() + self._timeout_s
         while True:
             call = self._called()
             if call is not None and call != answered:
-                answer = {"nonce": self._nonce, "address": address}
-                self._store.set(f"answer/{call}/{self._rank}", json.dumps(answer))
+                self._store.set(f"answer/{call}/{self._rank}", answer)
                 answered = call
             if answered is not None and self._store.check([f"roll/{answered}"]):
                 roll = json.loads(self._store.get(f"roll/{answered}"))
                 if "refused" in roll:
                     raise ValueError(roll["refused"])
-                if roll["nonces"][self._rank] == self._nonce:
+                if self._nonce in roll["nonces"]:
+                    if "missing" in roll:
+                        raise TimeoutError(f"rank 0 waited for {roll['missing']} in vain")
                     return self._roll(answered, roll["addresses"])
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline + (answered is not None) * _VERDICT_S:
                 raise TimeoutError(f"waited {self._timeout_s:g} s for rank 0 in vain")
             time.sleep(_POLL_S * (1 + self._world_size / 64))  # one store answers all of them
+
+    def _answers(self, call: str, missing: Sequence[int] = ()) -> list[bytes]:
+        ranks = (rank for rank in range(1, self._world_size) if rank not in missing)
+        return [self._store.get(f"answer/{call}/{rank}") for rank in ranks]
 
     def _new_call(self) -> str:
         call = secrets.token_hex(4)

@@ -30,6 +30,7 @@ from .serve import serve
 from .serve_config import ServeConfig, add_serve_options
 from .stop_signal import stop_signal
 from .summary import RunFigures, print_summary
+from .terms import terms_of
 from .wiring import RunTelemetry
 
 _PR_SET_PDEATHSIG = 1
@@ -86,7 +87,11 @@ def _explain(error: Exception, environment: RankEnvironment | None) -> None:
 def run(config: EngineConfig, environment: RankEnvironment) -> None:
     """Set this rank up, drive (rank 0) or follow, take everything down, say what was measured."""
     if config.tp not in (1, environment.world_size):
-        raise ValueError(f"--tp: {config.tp}, but torchrun started {environment.world_size} ranks")
+        started = f"torchrun started {environment.world_size} ranks"
+        if environment.launched_by_onecast:  # which refuses that on one node
+            started = f"the nodes started {environment.world_size} ranks"
+            started += " together; all nodes need the same --tp and --nnodes"
+        raise ValueError(f"--tp: {config.tp}, but {started}")
     if environment.restart_count:
         config = config.resumed()
     call = RollCall(environment, timeout_s=config.join_timeout_s)
@@ -102,7 +107,9 @@ def run(config: EngineConfig, environment: RankEnvironment) -> None:
         if isinstance(config, ServeConfig) and environment.rank == 0:
             front_end = FrontEnd.start(config)  # first: it says that the model is being loaded
         door = Door(environment)
-    roll = call.answer(door.address)
+        one_node = environment.world_size == environment.local_world_size
+        terms = {} if one_node else terms_of(config)
+    roll = call.answer(door.address, terms)
     neighbours = Neighbours(roll.addresses, environment.rank)
     try:
         _work(config, environment, roll, front_end)

@@ -1,7 +1,7 @@
 """The roll call: ranks of one attempt find each other whatever an earlier one has left behind."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -25,14 +25,18 @@ def join(server: dist.TCPStore) -> Iterator[Callable[..., Future[Roll]]]:
     with ThreadPoolExecutor(3 * WORLD) as pool:
 
         def start(
-            rank: int, address: str = "", refusal: str = "", timeout_s: float = 10
+            rank: int,
+            address: str = "",
+            refusal: str = "",
+            timeout_s: float = 10,
+            terms: Mapping[str, str] | None = None,
         ) -> Future[Roll]:
             def part() -> Roll:
                 call = RollCall(environment(rank, server.port), timeout_s=timeout_s)
                 with call.refuses():
                     if refusal:
                         raise ValueError(refusal)
-                return call.answer(address)
+                return call.answer(address, terms)
 
             return pool.submit(part)
 
@@ -45,7 +49,7 @@ def environment(rank: int, port: int) -> RankEnvironment:
         local_rank=rank,
         world_size=WORLD,
         local_world_size=WORLD,
-        node=0,
+        node=rank,
         run_id="",
         run_dir=None,
         launcher_pid=None,
@@ -89,6 +93,33 @@ def test_ranks_that_do_not_come_are_named(join: Callable[..., Future[Roll]]) -> 
         alone.result()
     with pytest.raises(TimeoutError, match=r"waited 0.3 s for rank 0 in vain"):
         join(1, timeout_s=0.3).result()
+
+
+def test_ranks_that_came_say_who_did_not_and_not_that_rank_0_did_not(
+    join: Callable[..., Future[Roll]],
+) -> None:
+    came = join(1, timeout_s=0.3)
+    with pytest.raises(TimeoutError, match=r"waited 0.6 s for rank 2 in vain"):
+        join(0, timeout_s=0.6).result()
+    with pytest.raises(TimeoutError, match=r"rank 0 waited for rank 2 in vain"):
+        came.result()
+    again = [join(rank) for rank in (1, 2)]  # what they find there is of the attempt before
+    assert join(0).result().call == again[0].result().call
+
+
+def test_nodes_that_were_told_different_things_are_refused_on_all_of_them(
+    join: Callable[..., Future[Roll]],
+) -> None:
+    parts = [
+        join(rank, terms={"--block-size": "32" if rank == 2 else "16", "--tp": "3"})
+        for rank in range(WORLD)
+    ]
+    for part in parts:
+        with pytest.raises(
+            ValueError,
+            match=r"^--block-size: 16 on nodes 0 and 1, 32 on node 2; all nodes need the same$",
+        ):
+            part.result()
 
 
 @pytest.mark.parametrize("who", [0, 2])
