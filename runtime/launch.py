@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,7 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher import api as launcher_api
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .batch_file import count_complete, count_lines
@@ -32,6 +34,7 @@ from .stop_signal import catches_stop_signal
 from .wiring import name_run_directory, remove_run_directory, telemetry_settings
 
 _WORKER = "onecast.runtime.worker"
+_FAREWELL_S = 30.0  # for the other nodes' launchers to be done too; ranks of a run end together
 _DRAIN_MARGIN_S = 15.0  # for answers on their way to clients, and for ranks to close
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -58,7 +61,7 @@ def launch(config: EngineConfig, nodes: Nodes | None = None) -> int:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
     # The agent's own report of a failure is a page long; ours is one sentence.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence("torch.distributed.elastic")
     launcher = elastic_launch(
         LaunchConfig(
             nproc_per_node=local_ranks,
@@ -70,7 +73,8 @@ def launch(config: EngineConfig, nodes: Nodes | None = None) -> int:
         sys.executable,
     )
     try:
-        return _run(config, launcher)
+        with _short_farewell():
+            return _run(config, nodes, launcher)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         with _impatience() as hurry:
@@ -82,6 +86,30 @@ def launch(config: EngineConfig, nodes: Nodes | None = None) -> int:
         # up before it has ended, but what is ignored stays so.
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _silence(name: str) -> None:
+    """A logger and those below it, of which each has a level of its own."""
+    for known in list(logging.root.manager.loggerDict):
+        if known == name or known.startswith(f"{name}."):
+            logging.getLogger(known).setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def _short_farewell() -> Iterator[None]:
+    """In here a launcher whose ranks are done waits `_FAREWELL_S` for those of the other nodes.
+
+    By itself it waits five minutes for one that will not come, as its ranks failed at their very
+    end, and `elastic_launch` passes no other time on.
+    """
+    agent = launcher_api.LocalElasticAgent  # type: ignore[attr-defined]
+    launcher_api.LocalElasticAgent = partial(  # type: ignore[attr-defined, assignment]
+        agent, exit_barrier_timeout=_FAREWELL_S
+    )
+    try:
+        yield
+    finally:
+        launcher_api.LocalElasticAgent = agent  # type: ignore[attr-defined]
 
 
 def _handle_signals(drain_timeout_s: float | None) -> None:
@@ -115,7 +143,7 @@ def _handle_signals(drain_timeout_s: float | None) -> None:
         signal.signal(number, arrived)
 
 
-def _run(config: EngineConfig, launcher: elastic_launch) -> int:
+def _run(config: EngineConfig, nodes: Nodes, launcher: elastic_launch) -> int:
     try:
         _handle_signals(config.drain_timeout_s if isinstance(config, ServeConfig) else None)
         launcher("-P", "-m", _WORKER, *config.to_argv())
@@ -130,7 +158,13 @@ def _run(config: EngineConfig, launcher: elastic_launch) -> int:
         return 128 + stopped.sigval
     except (RendezvousError, DistError) as error:
         why = " ".join(str(error.__cause__ or error).split())
-        print(f"onecast: the nodes did not meet: {why}{_progress(config)}", file=sys.stderr)
+        where = f" at {nodes.rdzv_endpoint}" if nodes.rdzv_endpoint else ""
+        limit = f"--join-timeout-s {config.join_timeout_s:g}"
+        print(
+            f"onecast: the {nodes.nnodes} nodes did not meet{where} ({limit}): "
+            f"{why.rstrip('.')}{_progress(config)}",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -1,6 +1,8 @@
 """The options of a run over several nodes: refused by name, and handed on in torchrun's words."""
 
 import argparse
+import inspect
+import logging
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ from typing import Any
 import pytest
 from cli_runs import DEMO, completion, write_batch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.launcher import api as launcher_api
 
-from onecast.runtime import memory
+from onecast.runtime import launch, memory
 from onecast.runtime.config import RunConfig
 from onecast.runtime.failure import root_cause
 from onecast.runtime.nodes import Nodes, add_node_options, nodes_of
@@ -94,6 +98,42 @@ def test_sizes_beyond_reason_are_refused_before_any_rank_starts(name: str) -> No
 def test_a_restarted_run_goes_on_even_where_the_first_one_was_to_overwrite() -> None:
     config = RunConfig(model=Path("model"), input=Path("in"), output=Path("out"), overwrite=True)
     assert (config.resumed().resume, config.resumed().overwrite) == (True, False)
+
+
+def test_a_launcher_waits_seconds_and_not_minutes_for_nodes_that_failed_at_their_end() -> None:
+    agent = vars(launcher_api)["LocalElasticAgent"]
+    with launch._short_farewell():
+        short = vars(launcher_api)["LocalElasticAgent"]
+        assert (short.func, short.keywords) == (agent, {"exit_barrier_timeout": 30})
+        assert short.keywords.keys() <= inspect.signature(agent).parameters.keys()
+    assert vars(launcher_api)["LocalElasticAgent"] is agent
+
+
+def test_loggers_with_a_level_of_their_own_are_silenced_with_those_above() -> None:
+    below = logging.getLogger("onecast-test.agent.api")
+    below.setLevel(logging.WARNING)
+    other = logging.getLogger("onecast-tests")
+    launch._silence("onecast-test")
+    assert not below.isEnabledFor(logging.ERROR) and other.isEnabledFor(logging.ERROR)
+
+
+def test_nodes_that_do_not_meet_say_where_and_how_long(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def nobody(*arguments: str) -> None:
+        raise RendezvousConnectionError("nobody there.")
+
+    handlers = {number: signal.getsignal(number) for number in (*launch._SIGNALS, signal.SIGALRM)}
+    config = RunConfig(model=DEMO, input=tmp_path, output=tmp_path / "none", join_timeout_s=7)
+    nodes = parse("--nnodes=2", "--node-rank=0", MEET)
+    try:
+        assert launch._run(config, nodes, nobody) == 1  # type: ignore[arg-type]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == (
+        "onecast: the 2 nodes did not meet at node-0:29500 (--join-timeout-s 7): nobody there\n"
+    )
 
 
 def test_nodes_that_share_a_folder_write_a_trace_each() -> None:
