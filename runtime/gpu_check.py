@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .bench.arguments import at_least_one, made_folder, new_file
 from .gpu_parts import (
     NEEDED,
     PARTS,
@@ -107,37 +108,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--json", type=_new_file, metavar="FILE", help="also write the results there"
+        "--json", type=new_file, metavar="FILE", help="also write the results there"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="also write the pages of the part e2e there"
+        "--report",
+        type=made_folder,
+        metavar="DIR",
+        help="also write the pages of the part e2e there",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the command out"
     )
     parser.add_argument(
-        "--steps", type=_number, default=_STEPS, help="of a benchmark (%(default)s)"
+        "--steps", type=at_least_one, default=_STEPS, help="of a benchmark (%(default)s)"
     )
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", metavar="DIR")
     parser.add_argument(
         "--only", choices=tuple(PARTS), action="append", help="one part; any number of times"
     )
     return parser
-
-
-def _number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: at least 1 is needed")
-    return number
-
-
-def _new_file(text: str) -> Path:
-    """Refused now, not when everything has been measured."""
-    path = Path(text)
-    if not text or path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no file can be made at {text!r}")
-    return path
 
 
 def _run(

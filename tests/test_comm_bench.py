@@ -122,7 +122,7 @@ def test_the_ablation_varies_what_it_says(report):
 def test_a_step_count_that_measures_nothing_is_refused(capsys):
     with pytest.raises(SystemExit):
         comm.main(["--steps", "0"])
-    assert "--steps is 0, at least 1" in capsys.readouterr().err
+    assert "--steps: 0 is below 1" in capsys.readouterr().err
 
 
 def test_a_run_on_a_slow_machine_has_fewer_steps_in_its_later_launches(monkeypatch, capsys):

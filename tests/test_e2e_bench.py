@@ -504,9 +504,16 @@ def test_what_cannot_run_here_is_refused_in_one_line(tmp_path, capsys, monkeypat
         "--synthetic", "8b", *cache
     )
     assert [*tmp_path.iterdir()] == []
-    with pytest.raises(SystemExit):
-        e2e.main(["--tp", "two"])
-    assert "'two' is no list of numbers like 1,8" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for arguments, words in (
+        (["--tp", "two"], "--tp: 'two' is no whole number"),
+        (["--batch", "1,0"], "--batch: 0 is below 1"),
+        (["--json", f"{tmp_path}/absent/x.json"], "--json: no file can be made at "),
+        (["--report", f"{tmp_path}/file/pages"], "--report: no folder can be made at "),
+    ):
+        with pytest.raises(SystemExit):
+            e2e.main(arguments)
+        assert words in capsys.readouterr().err
 
 
 def test_on_a_gpu_memory_of_all_ranks_that_share_it_counts(monkeypatch):

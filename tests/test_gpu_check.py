@@ -343,9 +343,11 @@ def test_a_benchmark_that_ends_badly_fails_with_what_it_had(capfd, slow_python):
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(capsys, tmp_path):
-    with pytest.raises(SystemExit):
-        gpu_check.main(["--device=cpu", f"--json={tmp_path}/absent/report.json"])
-    assert "no file can be made at" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for option in (f"--json={tmp_path}/absent/report.json", f"--report={tmp_path}/file/pages"):
+        with pytest.raises(SystemExit):
+            gpu_check.main(["--device=cpu", option])
+        assert "can be made at" in capsys.readouterr().err
 
 
 # ---- what pytest reports

@@ -94,7 +94,7 @@ def test_a_step_count_that_measures_nothing_is_refused(capsys):
     for main, arguments in ((gpu_check.main, []), *mains):
         with pytest.raises(SystemExit):
             main([*arguments, "--steps=0"])
-        assert "at least 1 is needed" in capsys.readouterr().err
+        assert "0 is below 1" in capsys.readouterr().err
 
 
 # ---- parts that ask how many ranks can meet

@@ -18,6 +18,7 @@ from typing import Any
 
 from .all_reduce import METRIC as ALL_REDUCE
 from .all_reduce import time_all_reduces
+from .arguments import at_least_one
 from .figures import describe_machine
 from .launch import Figures, Key, Plan, launch
 from .report import make_ratios, make_rows
@@ -37,13 +38,13 @@ _LEAST_STEPS = 20
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and write JSON if asked; returns the exit status."""
     parser = make_parser("comm", __doc__, "one launch of few steps")
-    parser.add_argument("--steps", type=int, help="timed exchanges per method and launch, at most")
+    parser.add_argument(
+        "--steps", type=at_least_one, help="timed exchanges per method and launch, at most"
+    )
     options = parser.parse_args(argv)
     steps = options.steps
     if steps is None:
         steps = _QUICK_STEPS if options.quick else _STEPS
-    if steps < 1:
-        parser.error(f"--steps is {steps}, at least 1 is needed")
     report = measure(steps, launches=1 if options.quick else _LAUNCHES, quick=options.quick)
     return deliver(report, options.json, print_report)
 

@@ -20,6 +20,7 @@ from onecast.runtime.model_config import ModelConfig
 from onecast.runtime.model_runner import compute_dtype
 
 from . import peers
+from .arguments import at_least_one, made_folder
 from .e2e_channels import CHANNELS
 from .e2e_machine import check_config
 from .e2e_measure import BATCHES, DEMO, Amount, Chosen, measure, room_of
@@ -84,29 +85,25 @@ def _parser() -> argparse.ArgumentParser:
         "--all-reduce", choices=TRANSPORTS, default="auto",
         help="how CPU ranks sum, as for generate (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--drawn", type=_number, metavar="N", help="tokens drawn by each sequence")
-    parser.add_argument("--rounds", type=_number, metavar="N", help="turns of each in a launch")
+    parser.add_argument(
+        "--drawn", type=at_least_one, metavar="N", help="tokens drawn by each sequence"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least_one, metavar="N", help="turns of each in a launch"
+    )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", default=default_cache(),
         help="where synthetic models are kept (%(default)s)",
     )  # fmt: skip
     peers.add_peer_option(parser)
-    parser.add_argument("--report", type=Path, metavar="DIR", help="also write an HTML page there")
+    parser.add_argument(
+        "--report", type=made_folder, metavar="DIR", help="also write an HTML page there"
+    )
     return parser
 
 
-def _number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(map(_number, text.split(","))))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,8") from None
+    return tuple(dict.fromkeys(map(at_least_one, text.split(","))))
 
 
 def _choose(options: argparse.Namespace, amount: Amount, command: str) -> Chosen:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 from onecast.comm.testing import RanksHung
 
+from .arguments import at_least_one
+
 Row = dict[str, Any]
 STEPS = 500
 HUNG_STATUS = 4  # ranks did not come to an end in time
@@ -69,14 +71,12 @@ def run_part(module: str, doc: str | None, measure: Measure, argv: Sequence[str]
     start = time.monotonic()
     parser = argparse.ArgumentParser(prog=module, description=doc)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--steps", type=int, default=STEPS, help="timed ones, %(default)s")
+    parser.add_argument("--steps", type=at_least_one, default=STEPS, help="timed ones, %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go")
     parser.add_argument(
         "--timeout", type=float, default=180.0, metavar="S", help="for all launches"
     )
     options = parser.parse_args(argv)
-    if options.steps < 1:
-        parser.error(f"--steps is {options.steps}, at least 1 is needed")
     results = Results(options.json)
     status = 0
     try:

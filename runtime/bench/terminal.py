@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import new_file
 from .figures import Row
 
 
@@ -19,19 +20,9 @@ def make_parser(bench: str, description: str | None, quick: str) -> argparse.Arg
     parser = argparse.ArgumentParser(
         prog=f"onecast bench {bench}", description=(description or "").split("\n")[0]
     )
-    parser.add_argument(
-        "--json", type=_new_file, metavar="FILE", help="also write the report there"
-    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the report there")
     parser.add_argument("--quick", action="store_true", help=quick)
     return parser
-
-
-def _new_file(text: str) -> Path:
-    """Refused now, not when everything has been measured."""
-    path = Path(text)
-    if not text or path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no file can be made at {text!r}")
-    return path
 
 
 def deliver(report: Row, path: Path | None, print_report: Callable[[Row], None]) -> int:
