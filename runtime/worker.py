@@ -16,6 +16,10 @@ import sys
 import traceback
 from contextlib import nullcontext
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # What follows takes seconds, and Ctrl-C in them would show where it was: `main` takes it back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -38,6 +42,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main(argv: list[str] | None = None) -> int:
     """Run this rank until the work is done; the exit status is 0 only then."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv
     serves = argv[:1] == [*ServeConfig.MODE]
     kind: type[EngineConfig] = ServeConfig if serves else RunConfig
