@@ -81,9 +81,7 @@ def _answers(client: EngineClient, url: str) -> Endpoint:
 
     async def answer(request: Request) -> Response:
         if client.state != READY:
-            message = f"the server is {client.state}: try again later"
-            body = error_body(message, "server_error", code="service_unavailable")
-            return _json(body, 503, {"Retry-After": str(_RETRY_S)})
+            return _unready(client)
         request_id = uuid.uuid4().hex
         try:
             raw = await _read(request)
@@ -94,6 +92,8 @@ def _answers(client: EngineClient, url: str) -> Endpoint:
                     _parse, client, url, raw, request.headers, request_id
                 )
             call, stream, with_usage = parsed
+            if client.state != READY:  # the body took its time: nobody may be left to answer it
+                return _unready(client)
             if call.model != client.setup.model_name:
                 return _unknown_model(client, call.model)
             live = client.ask(call, stream=stream)
@@ -259,6 +259,12 @@ class _Events(_Answer):
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _unready(client: EngineClient) -> Response:
+    message = f"the server is {client.state}: try again later"
+    body = error_body(message, "server_error", code="service_unavailable")
+    return _json(body, 503, {"Retry-After": str(_RETRY_S)})
 
 
 def _unknown_model(client: EngineClient, name: str) -> Response:

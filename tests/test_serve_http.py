@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -255,6 +256,24 @@ def test_asked_to_stop_it_finishes_what_runs_and_takes_nothing_new(engine: Engin
     assert refused.status == 503 and "retry-after" in refused.headers
     engine.finish(asked)
     assert running.answer().json["choices"][0]["text"] == "the end"
+
+
+def test_a_body_that_is_whole_only_after_the_engine_is_gone_is_turned_away(engine: Engine) -> None:
+    connection = connect(engine.url)
+    body = json.dumps(completion_body()).encode()
+    connection.putrequest("POST", COMPLETIONS)
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body[:-1])
+    time.sleep(0.2)  # its head must be read while the engine is still there
+    end = threading.Thread(target=engine.front_end.close)
+    end.start()
+    time.sleep(0.2)
+    connection.send(body[-1:])
+    response = connection.getresponse()
+    assert (response.status, response.getheader("retry-after")) == (503, "5")
+    connection.close()
+    end.join(2)
+    assert not end.is_alive(), "it waits for an answer that nobody gives"
 
 
 @pytest.mark.parametrize("stream", [False, True])
