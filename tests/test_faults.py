@@ -104,11 +104,13 @@ def test_kills_at_random_moments_lose_nothing_and_double_nothing(batch: Path) ->
         wait_for_end(set(ranks.values()))
         assert status in (0, 1, -signal.SIGKILL), err
         if status == 0:
-            break
+            if kills:
+                break
+            output.unlink()  # the run was over before its first kill
     else:
         status, _, err = run(*args(batch, "--resume", "--no-telemetry"))
         assert status == 0, err
-    assert kills >= 1
+    assert kills
     assert_all_answered_once(output)
 
 
