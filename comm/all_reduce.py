@@ -142,7 +142,7 @@ def open_all_reduce(
         raise ValueError(f"transport is {transport!r}; there are: {', '.join(TRANSPORTS)}")
     check_timeout(timeout_s)
     if type(max_bytes) is not int or not 1 <= max_bytes < 1 << 62:
-        raise ValueError(f"max_bytes is {max_bytes!r}, it must be an int of at least 1")
+        raise ValueError(f"max_bytes is {max_bytes!r}, it must be an int from 1 to 2**62 - 1")
     Cadence(spin)  # refuses a share that cannot be before any rank has opened anything
     group = check_group(group)
     meet = meeting_place(group)

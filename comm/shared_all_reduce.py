@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .all_reduce import check_axis, gather_through_group, reduce_through_group
-from .brought import GATHERED, NOT_STRIDED, describe_brought, pack_brought
+from .brought import NOT_STRIDED, describe_brought, pack_brought, pack_gathered
 from .endpoint import at_end_of
 from .errors import (
     AllReduceTimeout,
@@ -118,7 +118,7 @@ class SharedMemoryAllReduce:
             refuse_overlap(tensor)
         dtype = tensor.dtype
         if not is_strided or dtype not in SUMMED or tensor.nbytes > self._max_bytes:
-            self._meet_for_group(tensor, 0)
+            self._meet_for_group(tensor, gathers=False)
             reduce_through_group(tensor, self._group)
             return
         nbytes = tensor.nbytes
@@ -152,7 +152,7 @@ class SharedMemoryAllReduce:
         row_bytes = tensor.shape[-1] * dtype.itemsize
         is_strided = tensor.layout is torch.strided
         if not is_strided or dtype not in SUMMED or row_bytes > self._max_bytes:
-            self._meet_for_group(tensor, GATHERED)
+            self._meet_for_group(tensor, gathers=True)
             return gather_through_group(tensor, self._group)
         probe, ticket = self._probe, NO_TICKET
         if probe is not None:
@@ -210,7 +210,7 @@ class SharedMemoryAllReduce:
         slots = self._slots
         size = tensor.shape[-1]
         rows = tensor.view(-1, size) if size else tensor.new_empty(0, 0)
-        brought = pack_brought(tensor.nbytes, tensor.dtype, GATHERED)
+        brought = pack_gathered(tensor)
         count = len(self._peers.ranks)
         joined = rows.new_empty(len(rows), size * count) if self._is_first else None
         step = max(self._max_bytes // max(row_bytes, 1), 1)
@@ -225,15 +225,17 @@ class SharedMemoryAllReduce:
                 torch.cat([piece, *whole.slots[1:]], -1, out=joined[begin : begin + step])
         return None if joined is None else joined.view(*tensor.shape[:-1], size * count)
 
-    def _meet_for_group(self, tensor: Tensor, flags: int) -> None:
+    def _meet_for_group(self, tensor: Tensor, *, gathers: bool) -> None:
         """Before the group carries a tensor on the CPU, so that ranks that differ are told."""
         self.operations += 1
+        flags = 0 if tensor.layout is torch.strided else NOT_STRIDED
         nbytes = tensor.numel() * tensor.element_size()
-        if tensor.layout is not torch.strided:
-            flags |= NOT_STRIDED
+        brought = (
+            pack_gathered(tensor, flags) if gathers else pack_brought(nbytes, tensor.dtype, flags)
+        )
         try:
             if not self._alone:
-                self._meet(pack_brought(nbytes, tensor.dtype, flags), self._next_turn())
+                self._meet(brought, self._next_turn())
         except BaseException as error:
             self._failed(error, NO_TICKET)
             raise

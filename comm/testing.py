@@ -15,6 +15,8 @@ import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -37,7 +39,11 @@ _DUMP_S = 2.0  # what a hung rank gets to write its stacks
 
 
 class RankFailed(Exception):
-    """A rank raised or died. `rank`: the first that did; `results`: what the others returned."""
+    """A rank raised or died.
+
+    `rank`: the first that did; `details`: its traceback (or its signal), then the others';
+    `results`: what the others returned.
+    """
 
     def __init__(self, rank: int, details: str, results: Mapping[int, Any]) -> None:
         super().__init__(f"rank {rank} failed\n{details}")
@@ -113,6 +119,8 @@ def run_ranks(
                     target=_rank_main, args=(there, setup, settings, function, args)
                 )
                 with _environment(settings):
+                    if context.get_start_method() == "forkserver":
+                        _start_server()
                     hosts.start(rank, process.start)
                 there.close()
                 ranks.append(_Rank(rank, process, here, stacks))
@@ -133,6 +141,20 @@ def _context(fork: bool) -> Any:
     if fork:
         context.set_forkserver_preload(["torch", "torch.distributed", __name__])
     return context
+
+
+def _start_server() -> None:
+    """Start the server of `_context` if it does not run, without SIGINT until it has imported.
+
+    Ctrl-C in a terminal goes to it too, and it ignores that only once it has imported torch. Ranks
+    are given the signal back.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _OneHost:
@@ -161,12 +183,15 @@ class _Rank:
         self.dumps_stacks = False  # the child has registered its signal handler
         self.state = "running"  # then "returned" or "failed"
         self.value: Any = None  # what it returned, or the text of its failure
+        self.order = (0.0, False)  # of failures: when it was heard of, and the dead of a time first
 
-    def listen(self) -> None:
+    def listen(self, now_s: float) -> None:
         """Take what the pipe holds; its end without a result is a death."""
+        self.order = now_s, True
         try:
             kind, value = pickle.loads(self.pipe.recv_bytes())
         except EOFError:
+            self.order = now_s, False
             self.process.join(_LEAVE_S)
             code = self.process.exitcode
             cause = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"code {code}"
@@ -209,9 +234,10 @@ def _collect(ranks: list[_Rank], deadline: float) -> None:
         heard = multiprocessing.connection.wait(list(pipes), max(left, 0))
         if not heard and left <= 0:
             return
+        now_s = time.monotonic()
         for pipe in heard:
             assert isinstance(pipe, Connection)
-            pipes[pipe].listen()
+            pipes[pipe].listen(now_s)
 
 
 def _results(ranks: list[_Rank], timeout_s: float) -> list[Any]:
@@ -219,7 +245,7 @@ def _results(ranks: list[_Rank], timeout_s: float) -> list[Any]:
     returned = {one.rank: one.value for one in ranks if one.state == "returned"}
     hung = [one for one in ranks if one.state == "running"]
     notes = [f"--- rank {one.rank} was still running:\n{one.dump()}" for one in hung]
-    failed = [one for one in ranks if one.state == "failed"]
+    failed = sorted((one for one in ranks if one.state == "failed"), key=lambda one: one.order)
     if failed:
         texts = [f"--- rank {one.rank} failed too:\n{one.value}" for one in failed[1:]]
         raise RankFailed(failed[0].rank, "\n".join([failed[0].value, *texts, *notes]), returned)
@@ -277,11 +303,16 @@ def _rank_main(
 ) -> None:
     rank, world_size, address, port, backend, timeout_s, stacks = setup
     os.setsid()  # what this rank starts is reaped with it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `_start_server`
     os.environ.update(settings)  # a server that forks has an environment from before
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    with open(stacks, "w") as file:
+    try:
+        file = open(stacks, "w")
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         pipe.send_bytes(pickle.dumps(("ready", None)))
+    except (FileNotFoundError, BrokenPipeError):  # whoever wanted this rank was stopped meanwhile
+        os._exit(1)
+    with file:
         try:
             torch.set_num_threads(1)
             timeout = timedelta(seconds=timeout_s)
@@ -292,7 +323,8 @@ def _rank_main(
             _meet(store, world_size)
             message = pickle.dumps(("returned", function(rank, *args)))
         except BaseException:
-            pipe.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
             os._exit(1)  # at once: peers must not wait for a rank that has failed
         pipe.send_bytes(message)
         pipe.recv_bytes()  # "leave"; the parent bounds this wait

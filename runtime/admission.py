@@ -45,6 +45,8 @@ class SchedulerConfig:
         prompt, params = len(request.prompt_token_ids), request.params
         if prompt < 1:
             raise ValueError("the prompt has 0 tokens; it needs at least 1")
+        if (least := min(request.prompt_token_ids)) < 0:
+            raise ValueError(f"prompt token {least} is below 0")
         if params.max_tokens < 1:
             raise ValueError(f"max_tokens is {params.max_tokens}; it must be at least 1")
         if params.n < 1:

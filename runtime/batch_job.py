@@ -56,8 +56,18 @@ class BatchJob:
             self._feed()
             if not self._engine.has_unfinished:
                 return
-            for sequence, text in self._engine.step():
+            try:
+                finished = self._engine.step()
+            except FloatingPointError as error:
+                raise FloatingPointError(self._named_by_user(str(error))) from error
+            for sequence, text in finished:
                 self._collect(sequence, text)
+
+    def _named_by_user(self, text: str) -> str:
+        """With the custom_id of the line whose request `text` names by its id in the engine."""
+        for request, entry in self._under_way.items():
+            text = text.replace(repr(request.request_id), repr(entry.line.custom_id))
+        return text
 
     def _feed(self) -> None:
         while self._queued < self._max_queued:

@@ -4,11 +4,14 @@ Owns the subcommands and the exit status of bad usage (2); each subcommand's wor
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 
 from .config import EngineConfig, RunConfig, add_run_options
 from .nodes import add_node_options, nodes_of
@@ -69,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if {"-h", "--help"} & {*rest} else 2
     if options.command == "bench":
         try:
-            return _bench(options.what, rest)
-        except KeyboardInterrupt:
-            print(f"onecast: bench {options.what} was stopped by SIGINT", file=sys.stderr)
-            return 130
+            with _stopped_by_signals():
+                return _bench(options.what, rest)
+        except KeyboardInterrupt as stop:
+            number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+            print(f"onecast: bench {options.what} was stopped by {number.name}", file=sys.stderr)
+            return 128 + number
     if options.command == "gpu-check":
         from . import gpu_check
 
@@ -111,9 +116,40 @@ def _demo_defaults() -> dict[str, object]:
     }
 
 
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop what runs in here as Ctrl-C does: it leaves no files behind."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL  # nohup ignores SIGHUP
+    ]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _bench(what: str, argv: list[str]) -> int:
     bench = import_module(f"onecast.runtime.bench.{what}")
-    return int(bench.main(argv))
+    from onecast.comm.testing import RankFailed  # here: it imports torch, as all benchmarks do
+
+    try:
+        return int(bench.main(argv))
+    except RankFailed as failure:
+        reason, *traceback = failure.details.split("\n--- rank ")[0].strip().splitlines()
+        if traceback:
+            print(reason, *traceback, sep="\n", file=sys.stderr)
+            reason = traceback[-1]
+        print(f"onecast: bench {what}: rank {failure.rank} failed: {reason}", file=sys.stderr)
+        return 1
 
 
 def _telemetry(name: str, argv: Sequence[str]) -> int:

@@ -76,6 +76,8 @@ class Fields:
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is not a regular file")  # a FIFO would never end
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -98,7 +98,7 @@ def _run_table(figures: RunFigures) -> Table:
     if figures.recomputes:
         rows.append(("recomputed (host memory full)", f"{figures.recomputes:,} sequences"))
     rows.append(("completions", str(figures.output)))
-    if figures.trace is not None:
+    if figures.trace is not None and figures.trace.is_file():  # else telemetry has said why
         rows.append(("trace (open in Jaeger or Perfetto)", str(figures.trace)))
     if figures.metrics_url is not None:
         rows.append(("metrics were served at", figures.metrics_url))

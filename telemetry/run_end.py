@@ -58,7 +58,7 @@ def leave_nothing(run_dir: str, flight_dir: str, *, whole: bool = True) -> None:
     died = [reader.rank for reader in rings(run_dir) if not reader.closed]
     if died:
         ranks = ("rank " if len(died) == 1 else "ranks ") + ", ".join(map(str, died))
-        keep(run_dir, flight_dir, f"{ranks} ended without closing its telemetry")
+        keep(run_dir, flight_dir, f"{ranks} ended without closing telemetry")
     if whole:
         remove_run_dir(run_dir)
     else:

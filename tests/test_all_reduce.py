@@ -610,8 +610,24 @@ def gather_unlike(rank: int) -> str:
 
 def test_who_gathers_while_another_sums_is_told_so() -> None:
     texts = run_ranks(gather_unlike, 2)
-    told = "rank 0 brought 16 bytes of float32, rank 1 brought 16 bytes of float32 to be gathered"
+    told = "rank 0 brought 16 bytes of float32, rank 1 brought 2 rows of 2 float32 to be gathered"
     assert [text.partition(": ")[2] for text in texts] == [told] * 2
+
+
+def gather_other_shapes(rank: int) -> None:
+    reducer = open_all_reduce(max_bytes=1000)
+    # In one piece; in another number of pieces; one of them too long a row for shared memory.
+    for shapes in (((2, 4), (4, 2)), ((5, 60), (60, 5)), ((1, 300), (300, 1))):
+        with pytest.raises(Mismatch, match=r"rank 0 brought \d+ rows of \d+ float32 to be"):
+            reducer.gather(torch.ones(shapes[rank]))
+        total = torch.full((4,), 1.0 + rank)
+        reducer.all_reduce(total)  # all have raised: they are in step
+        assert total.tolist() == [3.0] * 4
+    reducer.close()
+
+
+def test_equal_bytes_of_another_shape_are_not_gathered() -> None:
+    run_ranks(gather_other_shapes, 2)
 
 
 def refuse_overlapping(rank: int, transport: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cli_runs import (
     run,
     write_batch,
 )
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import edit_config, make_checkpoint
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -175,6 +177,28 @@ def test_a_truncated_checkpoint_is_named_with_its_sizes(batch: Path, tiny: Path)
     message = refusal(batch, f"--model={copy}")
     assert "model.safetensors" in message
     assert str(size - 1000) in message.replace(",", "")
+
+
+def test_a_config_that_is_no_regular_file_is_refused_not_waited_for(
+    batch: Path, tiny: Path
+) -> None:
+    copy = batch.with_name("pipe")
+    shutil.copytree(tiny, copy)
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    os.mkfifo(copy / "generation_config.json")
+    assert "generation_config.json is not a regular file" in refusal(batch, f"--model={copy}")
+
+
+def test_logits_that_are_not_finite_name_the_line_by_its_custom_id(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "nan")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    batch = write_batch(tmp_path / "in.jsonl", [completion("my-line")])
+    status, _, err = run(*generate_args(batch, tmp_path / "out.jsonl", f"--model={model}", tp=1))
+    assert status == 2  # it would break again
+    assert "the logits of request 'my-line' at token " in err
+    assert "Traceback" not in err
 
 
 def test_an_unsupported_architecture_is_named_with_what_is_supported(

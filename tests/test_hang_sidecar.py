@@ -131,6 +131,6 @@ def test_what_a_killed_rank_was_in_is_kept(
     assert run.ranks[1].was_in.startswith("in model.forward > all_reduce #2 (default_pg, 16 KiB)")
     assert run.ranks[0].was_in.startswith("in kv.swap_in")
     assert {one.state for one in run.ranks.values()} == {"dead"}
-    assert "ended without closing its telemetry" in run.reason
+    assert "ended without closing telemetry" in run.reason
     _until(lambda: not Path(run_dir).exists(), "the run directory to go")
     assert f"its last events: onecast flight {run.path}" in _log(flight_dir).read_text()

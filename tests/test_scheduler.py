@@ -615,6 +615,13 @@ def test_a_request_that_could_never_finish_is_refused(
     assert not scheduler.has_unfinished and scheduler.schedule() is None
 
 
+def test_a_prompt_with_a_token_below_0_is_refused() -> None:
+    scheduler = Scheduler(config())
+    with pytest.raises(ValueError, match="prompt token -1 is below 0"):
+        scheduler.add(Request("r", (5, -1, 7), SamplingParams()))
+    assert not scheduler.has_unfinished
+
+
 @pytest.mark.parametrize("prompt_length", [1, 20, 29, 31])
 @pytest.mark.parametrize("num_host_blocks", [0, 8])
 def test_the_largest_requests_that_fit_are_served(prompt_length: int, num_host_blocks: int) -> None:

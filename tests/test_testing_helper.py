@@ -99,6 +99,20 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path):
     assert_all_gone(tmp_path)
 
 
+def fail_when_the_other_is_dead(rank: int, folder: str) -> None:
+    kill_itself(rank - 1, folder)
+    time.sleep(0.5)
+    raise RuntimeError("I lost my peer")
+
+
+def test_the_first_that_failed_is_named_whatever_its_rank(tmp_path):
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(fail_when_the_other_is_dead, 2, str(tmp_path))
+    assert caught.value.rank == 1
+    first, _, others = caught.value.details.partition("--- rank 0 failed too")
+    assert "SIGKILL" in first and "I lost my peer" in others
+
+
 def run_hanging_ranks(folder: str) -> None:
     run_ranks(hang_on_zero, 2, folder)
 

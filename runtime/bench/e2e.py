@@ -27,7 +27,7 @@ from .e2e_measure import BATCHES, DEMO, Amount, Chosen, measure, room_of
 from .e2e_rows import TokensDiffer
 from .e2e_tables import print_report
 from .synthetic import SHAPES, default_cache, synthetic_model
-from .terminal import deliver, make_parser
+from .terminal import deliver, make_parser, write
 
 QUICK = Amount(launches=1, rounds=1, drawn=24, telemetry_rounds=4, steps=25, batches=(1, 8, 64))
 FULL = Amount(launches=3, rounds=4, drawn=48, telemetry_rounds=16, steps=75)
@@ -57,7 +57,10 @@ def main(argv: Sequence[str]) -> int:
     status = deliver(report, options.json, print_report)
     if options.report is not None:
         page = import_module("onecast.runtime.bench.e2e_page")  # plots: not needed to measure
-        page.write_report(json.loads(json.dumps(report)), options.report)
+        shown = json.loads(json.dumps(report))
+        status |= write(
+            "--report", options.report, lambda: page.write_report(shown, options.report)
+        )
     return status
 
 

@@ -17,7 +17,11 @@ class Receiver:
     def __init__(self) -> None:
         command = [sys.executable, "-P", "-m", "onecast.runtime.bench.telemetry_receiver"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C in the terminal is the starter's: it ends this one
         )
         assert self._process.stdout is not None
         self._port = self._process.stdout.readline().strip()

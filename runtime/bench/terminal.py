@@ -5,6 +5,7 @@ Owns those. Knows nothing of what was measured.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,8 +29,18 @@ def make_parser(bench: str, description: str | None, quick: str) -> argparse.Arg
 def deliver(report: Row, path: Path | None, print_report: Callable[[Row], None]) -> int:
     """Print a report, and write it where asked; returns the exit status."""
     print_report(report)
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+    if path is None:
+        return 0
+    return write("--json", path, lambda: path.write_text(json.dumps(report, indent=2) + "\n"))
+
+
+def write(option: str, path: Path, writing: Callable[[], object]) -> int:
+    """Write what was measured; returns the exit status: a disk that is full is told in a line."""
+    try:
+        writing()
+    except OSError as error:
+        print(f"onecast: {option}: {path}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 
