@@ -66,7 +66,7 @@ def _waits(rank: int) -> Asked:
     return Asked(f"of a step rank {rank} waits for the other", f"{waits} / {steps}", "share")
 
 
-def straggling_rank(requests: int = 16) -> Situation:
+def straggling_rank(requests: int = 48) -> Situation:
     return Situation(
         name="straggling-rank",
         alert="OnecastStraggler",

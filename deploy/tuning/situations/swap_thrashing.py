@@ -23,7 +23,7 @@ def _run(*options: str, requests: int) -> Callable[[Place], Ended]:
     )
 
 
-def swap_thrashing(requests: int = 48) -> Situation:
+def swap_thrashing(requests: int = 192) -> Situation:
     return Situation(
         name="swap-thrashing",
         alert="OnecastSwapThrashing",

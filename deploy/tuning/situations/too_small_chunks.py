@@ -11,7 +11,7 @@ def _run(*options: str, requests: int) -> Callable[[Place], Ended]:
     return generating(*options, requests=requests, prompt_words=280, max_tokens=8)
 
 
-def too_small_chunks(requests: int = 96) -> Situation:
+def too_small_chunks(requests: int = 384) -> Situation:
     return Situation(
         name="too-small-chunks",
         alert="OnecastChunksTooSmall",
