@@ -23,6 +23,7 @@ RUNBOOK = re.compile(r"deploy/tuning/README\.md#([a-z-]+)")
 
 sys.path.insert(0, str(TUNING))
 
+import reproduce  # noqa: E402
 from situations import SITUATIONS, Outcome, Situation, carry_out  # noqa: E402
 from situations.table import number_with_unit, table  # noqa: E402
 
@@ -55,6 +56,18 @@ def test_each_situation_has_a_section_with_its_command_alert_and_questions(name:
 def test_runbooks_of_alerts_are_sections_of_the_guide() -> None:
     anchors = set(RUNBOOK.findall(RULES.read_text()))
     assert anchors <= _sections().keys()
+
+
+def test_what_is_kept_may_lie_where_the_command_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr(reproduce, "_reproduce", lambda name, folder: folders.append(folder))
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", next(iter(SITUATIONS)), "--keep", "a/b"])
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main() == 0
+    assert folders == [tmp_path / "a" / "b"], "programs are started elsewhere"
+    assert folders[0].is_dir()
 
 
 def _texts() -> str:

@@ -24,11 +24,12 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.keep is not None:
-            options.keep.mkdir(parents=True)
-            print(_reproduce(options.situation, options.keep))
+            folder = options.keep.absolute()  # its programs do not run where this one was started
+            folder.mkdir(parents=True)
+            print(_reproduce(options.situation, folder))
         else:
-            with tempfile.TemporaryDirectory(prefix="onecast-tuning-") as folder:
-                print(_reproduce(options.situation, Path(folder)))
+            with tempfile.TemporaryDirectory(prefix="onecast-tuning-") as temporary:
+                print(_reproduce(options.situation, Path(temporary)))
     except (ValueError, OSError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
