@@ -4,7 +4,9 @@ Owns the options that only a server has, and their limits. Knows nothing of HTTP
 """
 
 import argparse
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from .config import EngineConfig, OptionAdder, add_engine_options
@@ -38,7 +40,8 @@ class ServeConfig(EngineConfig):
     @property
     def model_name(self) -> str:
         """What requests call the model, and `/v1/models` lists."""
-        return self.served_model_name or self.model.resolve().name
+        # As it was given: a link names a model better than what it leads to.
+        return self.served_model_name or Path(os.path.abspath(self.model)).name
 
     @property
     def max_unfinished(self) -> int:

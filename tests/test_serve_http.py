@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,18 @@ def test_it_is_alive_but_not_ready_before_the_engine_is(starting: Engine) -> Non
     refused = ask(starting.url, COMPLETIONS, completion_body())
     assert refused.status == 503 and int(refused.headers["retry-after"]) > 0
     assert refused.json["error"]["type"] == "server_error"
+
+
+def test_a_model_is_named_after_the_directory_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "my-model"
+    link.symlink_to(DEMO)
+    assert ServeConfig(model=link).model_name == "my-model"
+    assert ServeConfig(model=tmp_path / "x" / ".." / "my-model").model_name == "my-model"
+    monkeypatch.chdir(tmp_path)
+    assert ServeConfig(model=Path("my-model/")).model_name == "my-model"
+    assert ServeConfig(model=Path()).model_name == tmp_path.name
 
 
 def test_the_model_is_listed_by_the_name_it_is_served_under(engine: Engine) -> None:
