@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -73,7 +75,7 @@ def launch(config: EngineConfig, nodes: Nodes | None = None) -> int:
         sys.executable,
     )
     try:
-        with _short_farewell():
+        with _our_agent():
             return _run(config, nodes, launcher)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -95,16 +97,35 @@ def _silence(name: str) -> None:
             logging.getLogger(known).setLevel(logging.CRITICAL)
 
 
+class _Agent(LocalElasticAgent):
+    """Says why it starts its ranks again: they may all be gone before one of them could."""
+
+    _why: RunResult | None = None
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._why = super()._monitor_workers(worker_group)
+        return self._why
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if self._why is not None and self._why.failures:
+            most = worker_group.spec.max_restarts
+            count = most - self._remaining_restarts
+            cause, _ = root_cause(self._why.failures)
+            if "NodeLost: " not in cause:  # which the ranks have said
+                print(f"onecast: {cause}; restart {count} of {most}", file=sys.stderr, flush=True)
+        super()._restart_workers(worker_group)
+
+
 @contextmanager
-def _short_farewell() -> Iterator[None]:
+def _our_agent() -> Iterator[None]:
     """In here a launcher whose ranks are done waits `_FAREWELL_S` for those of the other nodes.
 
     By itself it waits five minutes for one that will not come, as its ranks failed at their very
-    end, and `elastic_launch` passes no other time on.
+    end, and `elastic_launch` passes no other time, and no other agent, on.
     """
     agent = launcher_api.LocalElasticAgent  # type: ignore[attr-defined]
     launcher_api.LocalElasticAgent = partial(  # type: ignore[attr-defined, assignment]
-        agent, exit_barrier_timeout=_FAREWELL_S
+        _Agent, exit_barrier_timeout=_FAREWELL_S
     )
     try:
         yield

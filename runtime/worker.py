@@ -75,9 +75,10 @@ def _explain(error: Exception, environment: RankEnvironment | None) -> None:
     if environment is None:
         print(f"onecast: {error}", file=sys.stderr)
     elif environment.launched_by_onecast:
-        # Its launcher says how a run ended, once for all ranks, and is silent about a restart.
+        # Its launcher says how a run ended or why it starts again, once for all ranks; but it may
+        # itself be waiting for a node that is lost.
         count, most = environment.restart_count, environment.max_restarts
-        if count < most:
+        if isinstance(error, NodeLost) and count < most:
             text = f"rank {environment.rank}: {type(error).__name__}: {error}"
             print(f"onecast: {text}; restart {count + 1} of {most}", file=sys.stderr)
     elif isinstance(error, ValueError):

@@ -87,6 +87,20 @@ def test_a_killed_rank_is_named_within_seconds_and_resume_finishes_the_rest(
     assert_all_answered_once(output)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_restart_is_told_once_with_its_cause(batch: Path, victim: int) -> None:
+    output = batch.with_name("out.jsonl")
+    process = start(*args(batch, "--max-restarts=2", "--no-telemetry"))
+    wait_for_results(output, 5, process)
+    pid = rank_processes(process.pid)[victim]
+    os.kill(pid, signal.SIGKILL)
+    status, _, err = finish(process, 60)
+    assert status == 0, err
+    cause = f"onecast: rank {victim} (pid {pid}) was killed by SIGKILL; restart 1 of 2\n"
+    assert err.count("; restart ") == err.count(cause) == 1, err
+    assert_all_answered_once(output)
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing_and_double_nothing(batch: Path) -> None:
     rng = random.Random(os.getpid())
