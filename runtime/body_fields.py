@@ -84,8 +84,8 @@ class BodyFields:
             raise self._wrong_type(name, value, "not a text")
         return value
 
-    def texts(self, name: str, most: int) -> tuple[str, ...]:
-        """One text or a list of up to `most`, none of them empty."""
+    def texts(self, name: str, most: int, longest: int) -> tuple[str, ...]:
+        """One text or a list of up to `most`, none of them empty, of up to `longest` characters."""
         value = self.take(name)
         if value is None:
             return ()
@@ -96,6 +96,9 @@ class BodyFields:
             raise self._wrong(name, f"{len(texts)} texts are above {most}")
         if not all(texts):
             raise self._wrong(name, "a text in it is empty")
+        for text in texts:
+            if len(text) > longest:
+                raise self._wrong(name, f"a text of {len(text)} characters is above {longest}")
         return tuple(texts)
 
     def texts_by_name(
@@ -122,14 +125,17 @@ class BodyFields:
                 )
         return value
 
-    def integers(self, name: str, least: int) -> tuple[int, ...]:
+    def integers(self, name: str, least: int, most: int, longest: int) -> tuple[int, ...]:
+        """A list of up to `longest` numbers, each from `least` to `most`."""
         value = self.take(name)
         if value is None:
             return ()
         if not isinstance(value, list) or not all(type(entry) is int for entry in value):
             raise self._wrong_type(name, value, "not a list of integers")
+        if len(value) > longest:
+            raise self._wrong(name, f"{len(value)} entries are above {longest}")
         for entry in value:
-            self._check_range(name, entry, least, None)
+            self._check_range(name, entry, least, most)
         return tuple(value)
 
     def refuse(self, unsupported: Mapping[str, tuple[Any, ...]]) -> None:

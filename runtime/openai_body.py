@@ -27,7 +27,9 @@ CHAT_URL: Final = "/v1/chat/completions"
 
 MAX_CHOICES = 128  # n
 MAX_PROMPTS = 2048  # in one body
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 4, 4096  # each of up to so many
+MAX_STOP_TOKENS = 1024
+MAX_TOKEN_CHARACTERS = 256  # twice the longest token of the vocabularies in use
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512  # entries, characters
@@ -138,7 +140,7 @@ def _parse_completion(
     if echo and logprobs is not None:  # nobody computes those of a prompt
         raise _unsupported("echo", "true is not supported together with logprobs")
     best_of = fields.integer("best_of", 1, MAX_CHOICES, None)
-    common = _parse_common(fields)
+    common = _parse_common(fields, context)
     if best_of not in (None, common["n"]):
         raise _unsupported("best_of", f"{best_of} is not supported, only n ({common['n']})")
     fields.refuse_rest()
@@ -180,12 +182,13 @@ def _parse_chat(
         raise RequestError(
             f"top_logprobs: {top_logprobs} needs logprobs to be true", param="top_logprobs"
         )
-    common = _parse_common(fields)
+    common = _parse_common(fields, context)
     fields.refuse_rest()
     try:
         text = context.tokenizer.render_chat(messages)
     except ValueError as error:
         raise RequestError(f"messages: {error}", param="messages") from error
+    _check_length(text, "messages", context)
     # The template has written the special tokens already.
     ids = tuple(context.tokenizer.encode(text, add_special_tokens=False))
     if not ids:
@@ -199,15 +202,30 @@ def _parse_chat(
     return Call(request_id, True, model, (Request(f"{request_id}-0", ids, params),), None)
 
 
-def _parse_common(fields: BodyFields) -> dict[str, Any]:
+def _check_length(text: str, name: str, context: BodyContext) -> None:
+    """Refuse what is too long for certain: tokens would take 100 bytes a character to find out."""
+    most = context.max_model_len * MAX_TOKEN_CHARACTERS
+    if len(text) > most:
+        raise RequestError(
+            f"{name}: a text of {len(text)} characters is above {most}, {MAX_TOKEN_CHARACTERS} for "
+            f"each token of the {context.limited_by} of {context.max_model_len}",
+            param=name,
+            code="context_length_exceeded",
+        )
+
+
+def _parse_common(fields: BodyFields, context: BodyContext) -> dict[str, Any]:
     """The parameters of both endpoints, as arguments of SamplingParams; seed only if given."""
     params: dict[str, Any] = {
         "n": fields.integer("n", 1, MAX_CHOICES, 1),
         "temperature": fields.number("temperature", 0, 2, 1.0),
         "top_p": fields.number("top_p", 0, 1, 1.0),
-        "top_k": max(0, fields.integer("top_k", -1, None, 0)),  # -1 and 0: off
-        "stop": fields.texts("stop", MAX_STOP_STRINGS),
-        "stop_token_ids": fields.integers("stop_token_ids", 0),
+        # -1 and 0: off; more than there are is all of them
+        "top_k": min(max(0, fields.integer("top_k", -1, None, 0)), context.vocab_size),
+        "stop": fields.texts("stop", MAX_STOP_STRINGS, MAX_STOP_CHARACTERS),
+        "stop_token_ids": fields.integers(
+            "stop_token_ids", 0, context.vocab_size - 1, MAX_STOP_TOKENS
+        ),
         "ignore_eos": fields.boolean("ignore_eos", False),
     }
     if params["top_p"] == 0:  # a nucleus without mass is the most likely token alone
@@ -239,6 +257,7 @@ def _parse_prompt(
     value: Any, name: str, context: BodyContext
 ) -> tuple[str | None, tuple[int, ...]]:
     if isinstance(value, str):
+        _check_length(value, name, context)
         ids = tuple(context.tokenizer.encode(value))
         if not ids:
             raise RequestError(f"{name}: {show(value)} is no token at all", param=name)

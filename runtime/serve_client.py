@@ -121,9 +121,6 @@ class EngineClient:
                 self._retry_s(self._num_unfinished + wanted - most),
             )
         number = self._num_calls
-        self._num_calls += 1
-        self._num_unfinished += wanted
-        live = self._calls[number] = LiveCall(number, call)
         prompts = [
             Prompt(
                 request.request_id,
@@ -136,6 +133,10 @@ class EngineClient:
             for request in call.requests
         ]  # fmt: skip
         self._send(Ask(number, prompts, stream))
+        # Only now: a call that cannot be sent takes no place.
+        self._num_calls += 1
+        self._num_unfinished += wanted
+        live = self._calls[number] = LiveCall(number, call)
         return live
 
     def leave(self, live: LiveCall) -> None:

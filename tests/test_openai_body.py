@@ -14,6 +14,7 @@ from onecast.runtime.detokenizer import Detokenizer
 from onecast.runtime.openai_body import (
     CHAT_URL,
     COMPLETIONS_URL,
+    MAX_TOKEN_CHARACTERS,
     BodyContext,
     Call,
     parse_request,
@@ -116,6 +117,7 @@ def test_every_parameter_reaches_the_sampler(context: BodyContext) -> None:
     assert params(chat(context, logprobs=True)).logprobs == 0
     assert params(completion(context, stop="x")).stop == ("x",)
     assert params(completion(context, top_k=-1)).top_k == 0
+    assert params(completion(context, top_k=10**30)).top_k == context.vocab_size, "all of them"
     zero_mass = params(completion(context, top_p=0))
     assert (zero_mass.top_p, zero_mass.top_k) == (1.0, 1), "the most likely token alone"
 
@@ -216,6 +218,9 @@ def test_a_missing_seed_depends_on_the_custom_id_and_the_prompt_alone(
         ({"seed": 2**63}, f"seed: {2**63} is above {2**63 - 1}", None, "invalid_value"),
         ({"stop": ["a"] * 5}, "stop: 5 texts are above 4", None, "invalid_value"),
         ({"stop": ""}, "stop: a text in it is empty", None, "invalid_value"),
+        ({"stop": ["a", "b" * 4097]}, "stop: a text of 4097 char", None, "invalid_value"),
+        ({"stop_token_ids": [5] * 1025}, "stop_token_ids: 1025 entries", None, "invalid_value"),
+        ({"stop_token_ids": [2**64]}, f"stop_token_ids: {2**64} is", None, "invalid_value"),
         ({"stop": ["a", 1]}, 'stop: ["a",1] is neither a text', None, "invalid_type"),
         ({"stop_token_ids": [-1]}, "stop_token_ids: -1 is below 0", None, "invalid_value"),
         ({"stop_token_ids": 5}, "stop_token_ids: 5 is not a list", None, "invalid_type"),
@@ -327,6 +332,22 @@ def test_lengths_beyond_the_context_have_openais_code(context: BodyContext) -> N
     call = completion(context, prompt=[5] * 90)
     assert params(call).max_tokens == 10, "a default is no wish: it shrinks to what fits"
     assert params(completion(context, prompt=[5] * 90, max_tokens=10)).max_tokens == 10
+
+
+def test_texts_too_long_for_any_tokens_are_refused_before_they_are_looked_at(
+    context: BodyContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = CONTEXT_TOKENS * MAX_TOKEN_CHARACTERS
+    told = f"a text of {most + 1} characters is above {most}, 256 for each token of the context"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", None)
+        text = "a" * (most + 1)
+        error = error_of(completion, context, prompt=[text])
+        assert (error.code, error.param) == ("context_length_exceeded", "prompt[0]")
+        assert str(error).startswith(f"prompt[0]: {told}")
+        patch.setattr(Tokenizer, "render_chat", lambda *_: text)
+        assert str(error_of(chat, context)).startswith(f"messages: {told}")
+    assert "characters" not in str(error_of(completion, context, prompt="a" * most))
 
 
 def test_chats_go_through_the_template(context: BodyContext) -> None:

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from cli_runs import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import LINES, TOKENIZERS, byte_level, save
@@ -237,3 +239,14 @@ def test_broken_tokenizer_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=f"{tmp_path}: no chat template"):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_long_text_lets_other_threads_run() -> None:
+    tokenizer = Tokenizer(DEMO)
+    thread = threading.Thread(target=tokenizer.encode, args=("ab " * 500_000,))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20, "the interpreter lock was held"
