@@ -27,6 +27,7 @@ from .serve_stream import CallStream, event
 from .serve_tally import Tally
 
 _MOST_BODY_BYTES = 32 << 20
+_BODY_S = 120.0  # until all of a body is there
 _INLINE_BYTES = 1 << 14  # a body that is parsed right here; a larger one in a thread
 _RETRY_S = 5  # while the engine starts, or has been asked to stop
 _LOST_TEXT = "the engine was stopped before it had finished this request"
@@ -114,10 +115,15 @@ def _answers(client: EngineClient, url: str) -> Endpoint:
 
 async def _read(request: Request) -> bytes:
     raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > _MOST_BODY_BYTES:
-            raise HTTPException(413, f"the body is above {_MOST_BODY_BYTES} bytes")
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in request.stream():
+                raw += chunk
+                if len(raw) > _MOST_BODY_BYTES:
+                    raise HTTPException(413, f"the body is above {_MOST_BODY_BYTES} bytes")
+    except TimeoutError:
+        text = f"{len(raw)} bytes of the body came in {_BODY_S:g} s, and not the rest"
+        raise HTTPException(408, text, {"Connection": "close"}) from None
     return bytes(raw)
 
 

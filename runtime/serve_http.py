@@ -20,12 +20,12 @@ import uvicorn
 from .model_config import ModelConfig
 from .serve_app import make_app
 from .serve_client import EngineClient
+from .serve_connections import Room, limited, make_room
 from .serve_messages import Bound, Failed, Setup, ToServer, Unframer, frame
 from .tokenizer import Tokenizer
 
 _BIND_S = 5.0  # a server that has just ended may need a moment to let go of the port
 _SETUP_S = 60.0
-_BACKLOG = 2048
 _END_S = 5  # for answers on their way, once the engine is gone
 
 
@@ -37,21 +37,25 @@ def main(fd: int) -> int:
     if setup is None:
         return 1
     try:
-        listener = _listen(setup.host, setup.port)
+        room = make_room()
+        listener = _listen(setup.host, setup.port, room.backlog)
     except OSError as error:
         reason = f"--host, --port: cannot listen on {setup.host}, port {setup.port}: "
         end.sendall(frame(Failed(reason + (error.strerror or str(error)))))
         return 2
     client = EngineClient(setup, Tokenizer(setup.model), ModelConfig.from_dir(setup.model))
-    asyncio.run(_serve(client, end, listener))
+    asyncio.run(_serve(client, end, listener, room))
     return 0
 
 
-async def _serve(client: EngineClient, end: socket.socket, listener: socket.socket) -> None:
+async def _serve(
+    client: EngineClient, end: socket.socket, listener: socket.socket, room: Room
+) -> None:
     server = _Server(
         uvicorn.Config(
             make_app(client),
-            http="h11",
+            http=limited(room),
+            backlog=room.backlog,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -77,7 +81,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, backlog: int) -> socket.socket:
     """OSError: it cannot be listened on."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -88,7 +92,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
-            listener.listen(_BACKLOG)
+            listener.listen(backlog)
             return listener
         except OSError:
             listener.close()

@@ -32,7 +32,7 @@ _LENGTH = struct.Struct("<I")
 _MOST_BYTES: Final = 1 << 30  # a length beyond is no length
 
 # Of answers that are told apart; 499: the client went away before the end.
-STATUSES: Final = (200, 400, 404, 405, 413, 429, 499, 500, 503)
+STATUSES: Final = (200, 400, 404, 405, 408, 413, 429, 499, 500, 503)
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):

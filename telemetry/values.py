@@ -15,7 +15,7 @@ class Value(NamedTuple):
 
 
 # What a server of requests answers; 499: the client had gone before the answer's end.
-HTTP_STATUSES = (200, 400, 404, 405, 413, 429, 499, 500, 503)
+HTTP_STATUSES = (200, 400, 404, 405, 408, 413, 429, 499, 500, 503)
 
 
 def _values() -> list[Value]:
