@@ -4,9 +4,10 @@ Owns the subcommands and the exit status of bad usage (2); each subcommand's wor
 """
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from .config import EngineConfig, RunConfig, add_run_options
-from .nodes import add_node_options, nodes_of
+from .nodes import Nodes, add_node_options, nodes_of
 from .serve_config import ServeConfig, add_serve_options
 
 BENCHES = ("comm", "telemetry", "blocks", "step", "e2e", "nodes")
@@ -89,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.overwrite = options.overwrite or not options.resume
             if options.no_telemetry and options.trace == _demo_defaults()["trace"]:
                 options.trace = None
-        from .launch import launch  # torch: not needed to answer --help
-
+        launch = _import_launch()
         kind: type[EngineConfig] = ServeConfig if options.command == "serve" else RunConfig
         return launch(kind.from_options(options), nodes_of(options))
     except (ValueError, OSError) as error:
@@ -99,6 +99,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the launcher handles signals itself
         print("onecast: stopped by SIGINT before any rank was started", file=sys.stderr)
         return 130
+
+
+def _import_launch() -> Callable[[EngineConfig, Nodes], int]:
+    """Only now: it loads torch, which takes seconds, and --help needs none of it."""
+    # Of a connection that fails torch writes a stack trace of C++ too, forty lines before the one
+    # of ours. It reads this once; ranks get what the user has set.
+    with _variable("TORCH_CPP_LOG_LEVEL", "FATAL"):
+        from .launch import launch
+    return launch
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """In here the environment has it, unless it has another value of it already."""
+    given = name in os.environ
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
 
 
 def _demo_defaults() -> dict[str, object]:

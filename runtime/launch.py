@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -53,6 +54,8 @@ def launch(config: EngineConfig, nodes: Nodes | None = None) -> int:
         settings = telemetry_settings(config)
         if settings.metrics_port is not None:
             check_port(settings.metrics_host, settings.metrics_port)
+            if isinstance(config, ServeConfig) and config.port == settings.metrics_port > 0:
+                raise ValueError(f"--port, --metrics-port: both are {config.port}")
     if isinstance(config, ServeConfig) and nodes.may_have_rank_0:
         check_port(config.host, config.port, prefix="")
     run_directory = name_run_directory()
@@ -100,10 +103,13 @@ def _silence(name: str) -> None:
 class _Agent(LocalElasticAgent):
     """Says why it starts its ranks again: they may all be gone before one of them could."""
 
+    asked_to_stop: ClassVar[bool] = False  # then nothing is started again
     _why: RunResult | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._why = super()._monitor_workers(worker_group)
+        if self.asked_to_stop:
+            self._remaining_restarts = 0
         return self._why
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
@@ -143,6 +149,7 @@ def _handle_signals(drain_timeout_s: float | None) -> None:
     """
     asked: list[int] = []
     ends = False
+    _Agent.asked_to_stop = False
 
     def arrived(number: int, frame: FrameType | None) -> None:
         nonlocal ends
@@ -155,6 +162,7 @@ def _handle_signals(drain_timeout_s: float | None) -> None:
             raise SignalException(f"Process {os.getpid()} got signal: {name}", sigval=name)
         else:
             asked.append(number)
+            _Agent.asked_to_stop = True
             signal.setitimer(signal.ITIMER_REAL, drain_timeout_s + _DRAIN_MARGIN_S)
             for rank in ranks:
                 with suppress(ProcessLookupError):  # it has ended

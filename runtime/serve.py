@@ -47,7 +47,7 @@ def serve(config: ServeConfig, rank: Rank, front_end: FrontEnd) -> None:
     What has not ended `config.drain_timeout_s` after the signal is cut off, and said so.
     """
     engine = make_engine(config, rank, ModelConfig.from_dir(config.model), Tokenizer(config.model))
-    with stop_signal() as stop:
+    with stop_signal(rank.environment.launcher_pid) as stop:
         front_end.send(Serving(engine.scheduler.config))
         ranks = rank.environment.world_size
         print(

@@ -36,6 +36,12 @@ class ServeConfig(EngineConfig):
         )
         if not self.host:
             raise ValueError("--host: is empty; 0.0.0.0 is every address of this machine")
+        try:
+            self.model_name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"--served-model-name: {self.model_name!a} is not UTF-8; JSON has nothing else"
+            ) from None
 
     @property
     def model_name(self) -> str:

@@ -12,10 +12,15 @@ from types import FrameType
 
 
 class StopSignal:
-    """`asked` turns True with the first SIGTERM; then the descriptor is readable."""
+    """`asked` turns True with the first SIGTERM; then the descriptor is readable.
 
-    def __init__(self) -> None:
+    The kernel sends SIGTERM too, when the launcher has died: that one ends the process at once.
+    """
+
+    def __init__(self, launcher_pid: int | None = None) -> None:
+        """`launcher_pid`: the parent that the process must not outlive, if there is one."""
         self.asked = False
+        self._launcher_pid = launcher_pid
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
@@ -26,7 +31,7 @@ class StopSignal:
         os.read(self._read, 16)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked or self._launcher_pid not in (None, os.getppid()):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked = True
@@ -38,9 +43,9 @@ class StopSignal:
 
 
 @contextmanager
-def stop_signal() -> Iterator[StopSignal]:
+def stop_signal(launcher_pid: int | None = None) -> Iterator[StopSignal]:
     """SIGTERM is caught inside of it. For the main thread of a process."""
-    stop = StopSignal()
+    stop = StopSignal(launcher_pid)
     before = signal.signal(signal.SIGTERM, stop._arrived)
     try:
         yield stop

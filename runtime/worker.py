@@ -141,7 +141,8 @@ def _work(
         ):
             if environment.rank > 0:
                 # Of a server all ranks are asked to stop, and rank 0 ends the others when it has.
-                with stop_signal() if isinstance(config, ServeConfig) else nullcontext():
+                pid = environment.launcher_pid
+                with stop_signal(pid) if isinstance(config, ServeConfig) else nullcontext():
                     rank.executor.follow(rank.channel)
             elif isinstance(config, ServeConfig):
                 assert front_end is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import DEMO, completion, write_batch
+from cli_runs import DEMO, completion, generate_args, run, write_batch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.launcher import api as launcher_api
@@ -135,6 +135,16 @@ def test_nodes_that_do_not_meet_say_where_and_how_long(
     assert capsys.readouterr().err == (
         "onecast: the 2 nodes did not meet at node-0:29500 (--join-timeout-s 7): nobody there\n"
     )
+
+
+def test_a_node_that_meets_nobody_says_so_in_one_line(tmp_path: Path) -> None:
+    write_batch(tmp_path / "batch.jsonl", [completion("a")])
+    more = ("--nnodes=2", "--node-rank=1", "--rdzv-endpoint=127.0.0.1:1", "--join-timeout-s=1")
+    arguments = generate_args(tmp_path / "batch.jsonl", tmp_path / "out.jsonl", *more)
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert err.startswith("onecast: the 2 nodes did not meet at 127.0.0.1:1 (--join-timeout-s 1)")
+    assert err.count("\n") == 1, err
 
 
 def test_nodes_that_share_a_folder_write_a_trace_each() -> None:

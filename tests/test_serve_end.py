@@ -96,6 +96,33 @@ def test_a_rank_that_dies_is_named_and_restarted_with_its_server() -> None:
     assert re.search(r"rank 1 \(pid \d+\) was killed by SIGKILL", err), err
 
 
+def test_a_rank_that_dies_while_it_is_being_ended_is_not_started_again() -> None:
+    with serving("--max-restarts=2", "--drain-timeout-s=30") as one:
+        answers: list[str] = []
+        thread = _long(one.url, answers, n=8)
+        os.kill(one.process.pid, signal.SIGTERM)
+        wait_for(lambda: ask(one.url, "/ready").status == 503, "draining", 20)
+        os.kill(one.ranks[1], signal.SIGKILL)
+        status, out, err = finish(one.process)
+        thread.join(60)
+    assert "serving" not in out, "it was asked to end"
+    assert status == 1
+    assert re.search(r"rank 1 \(pid \d+\) was killed by SIGKILL\n", err), err
+    assert "restart" not in err
+
+
+def test_ranks_end_with_their_launcher_even_when_it_is_killed() -> None:
+    with serving("--drain-timeout-s=600") as one:
+        answers: list[str] = []
+        thread = _long(one.url, answers, n=8)
+        ranks = one.ranks.values()
+        os.kill(one.process.pid, signal.SIGKILL)
+        finish(one.process)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "their end", 10)
+        thread.join(60)
+    assert "engine_stopped" in answers[0]
+
+
 @pytest.mark.parametrize("channel", ["shared-memory", "process-group"])
 def test_idle_beyond_every_time_out_it_sleeps_and_is_not_called_hung(channel: str) -> None:
     env = {"ONECAST_HANG_S": "3"}

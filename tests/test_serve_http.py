@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import DEMO, wait_for
+from cli_runs import DEMO, run, wait_for
 from serve_runs import Answer, ask, completion_body, connect
 
 from onecast.runtime.admission import SchedulerConfig
@@ -143,6 +143,16 @@ def test_a_model_is_named_after_the_directory_that_was_given(
     monkeypatch.chdir(tmp_path)
     assert ServeConfig(model=Path("my-model/")).model_name == "my-model"
     assert ServeConfig(model=Path()).model_name == tmp_path.name
+
+
+def test_a_model_needs_a_name_that_json_has() -> None:
+    with pytest.raises(ValueError, match=r"^--served-model-name: 'm\\udcff' is not UTF-8"):
+        ServeConfig(model=DEMO, served_model_name="m\udcff")
+
+
+def test_one_port_cannot_have_two_servers() -> None:
+    status, _, err = run("serve", f"--model={DEMO}", "--port=8765", "--metrics-port=8765")
+    assert (status, err) == (2, "onecast: --port, --metrics-port: both are 8765\n")
 
 
 def test_the_model_is_listed_by_the_name_it_is_served_under(engine: Engine) -> None:
