@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 _BACKLOG = 2048
 _MOST_FILES = 1 << 16
 _OWN_FILES = 32  # of the process itself
+_ROUNDS = 3  # of accepts, before the protocol of the first hears of its connection
 _HEAD_S = 30.0
 _LINGER_S = 1.0  # for what a client that is turned away has sent: a reset would lose its answer
 
@@ -28,7 +29,7 @@ class Room(NamedTuple):
 
     most: int  # at a time
     lingering: int  # beyond these, that are being told so
-    backlog: int  # beyond both, accepted at once; the rest waits in the kernel
+    backlog: int  # accepted at once; the rest waits in the kernel
 
 
 def make_room() -> Room:
@@ -37,9 +38,9 @@ def make_room() -> Room:
     files = max(min(hard, _MOST_FILES), soft) if hard != resource.RLIM_INFINITY else _MOST_FILES
     if files > soft != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    backlog = max(min(_BACKLOG, files // 4), 1)
-    lingering = backlog // 2
-    return Room(max(files - lingering - backlog - _OWN_FILES, 1), lingering, backlog)
+    backlog = lingering = max(min(_BACKLOG, files // 12), 1)
+    most = files - lingering - _ROUNDS * backlog - _OWN_FILES
+    return Room(max(most, 1), lingering, backlog)
 
 
 def limited(room: Room, head_s: float = _HEAD_S) -> type[H11Protocol]:
