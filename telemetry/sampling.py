@@ -3,7 +3,8 @@
 Owns the reasons. Knows nothing of spans. A step is kept by the first of these that holds:
 
     error      a collective or the step itself raised
-    hang       it was given up while a collective was in flight
+    hang       it was given up while a collective was in flight, or a rank waited longer than hang_s
+               for the last one to call a collective
     slow       it took longer than 99% of the last steps did, once 100 are known
     skew       a rank waited longer than trace_skew_s for the last one to call a collective
     one_in_n   its number is a multiple of trace_one_in, on all nodes alike
@@ -32,6 +33,7 @@ class TailSampler:
         self._one_in = settings.trace_one_in
         self._slow = settings.trace_slow
         self._skew_ns = round(settings.trace_skew_s * 1e9)
+        self._hang_ns = round(settings.hang_s * 1e9)
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
 
@@ -53,7 +55,7 @@ class TailSampler:
         slow = self._slow and self._is_slow(facts.duration_ns)
         if facts.failed:
             return "error"
-        if facts.hung:
+        if facts.hung or 0 < self._hang_ns < facts.longest_wait_ns:
             return "hang"
         if slow:
             return "slow"

@@ -144,7 +144,7 @@ class Tracing:
         )
         self.kept.append(kept)
         if self._file is not None:
-            self._file.add(kept)
+            self._file.add(kept, notable=reason not in ("all", "one_in_n"))
         if self._export is not None:
             self._export.submit(kept, facts.num_spans + (0 in self._names))
         return kept

@@ -71,6 +71,14 @@ def test_steps_given_up_in_a_collective_are_kept() -> None:
     assert tail.decide(step(2, unfinished=[phase]), NAMES) is None
 
 
+def test_steps_that_went_on_after_a_hang_are_kept_as_such() -> None:
+    tail = sampler(trace_one_in=1000, trace_slow=True, trace_skew_s=0.004, hang_s=0.05)
+    assert tail.decide(step(1, late=50 * MS), NAMES) == "skew"
+    assert tail.decide(step(2, late=50 * MS + 1), NAMES) == "hang"
+    never = sampler(trace_one_in=1000, hang_s=0)
+    assert never.decide(step(3, late=50 * MS), NAMES) is None
+
+
 def test_steps_slower_than_the_rolling_p99_are_kept_once_a_hundred_are_known() -> None:
     tail = sampler(trace_slow=True)
     assert tail.decide(step(0, 50 * MS), NAMES) is None, "nothing to compare with"

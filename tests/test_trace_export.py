@@ -191,7 +191,9 @@ def _traced(rank: int, run_dir: str, trace_file: str) -> Any:
         world_size=2,
         local_world_size=2,
         engine_id='engine "é"',
-        settings=TelemetrySettings(trace_file=trace_file, trace_steps=8, metrics_port=None),
+        settings=TelemetrySettings(
+            trace_file=trace_file, trace_steps=8, trace_skew_s=0, metrics_port=None
+        ),
         run_dir=run_dir,
     )
     x = torch.ones(512)
@@ -288,6 +290,27 @@ def test_the_trace_file_is_bounded_by_spans_too(tmp_path: Path) -> None:
     assert file.left_out == 15
     file.write(build)
     assert len(json.loads(file.path.read_text())["data"]) == 5
+
+
+def test_a_full_trace_file_keeps_the_steps_that_show_something(tmp_path: Path) -> None:
+    def left(notable: set[int]) -> list[int]:
+        file = _file(tmp_path, max_steps=10)
+        for step in range(100):
+            records = rows((0, 9, STEP), (1, 2, FORWARD), step=step)
+            file.add(JoinedStep(step, {0: records}), notable=step in notable)
+        assert file.left_out == 90
+        found: list[int] = []
+
+        def look(joined: JoinedStep) -> list[Span]:
+            found.append(joined.step)
+            return build(joined)
+
+        file.write(look)
+        return found[-10:]  # in the order of the file
+
+    assert left({3, 50}) == [3, 50, *range(92, 100)]
+    assert left(set(range(0, 80, 2))) == [70, 72, 74, 76, 78, *range(95, 100)], "half, the latest"
+    assert left(set(range(100))) == list(range(90, 100))
 
 
 def test_overlapping_operations_get_threads_of_their_own(tmp_path: Path) -> None:

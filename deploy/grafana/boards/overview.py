@@ -117,7 +117,7 @@ def _now() -> list[object]:
         ),
         figure(
             "Lost by telemetry",
-            in_range("onecast_telemetry_dropped_total"),
+            in_range("onecast_telemetry_dropped_total", reason="!=trace_file_full"),
             "short",
             """Records, steps and spans lost in the time shown. Above 0: the reason is the series'
             label `reason`; an OTLP endpoint that is slow or down is the usual one. Metrics stay
