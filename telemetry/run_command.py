@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM [ARGUMENT ...]")
 
 
+# What settings call that which has another name here.
+_OPTIONS = {"metrics_port": "port", "trace_one_in": "one_in", "hang_s": "hang", "auto_step": "step"}
+
+
 def run(options: argparse.Namespace) -> int:
     """Become the program. Returns only where it cannot be started: 127 not found, 126 not runnable.
 
@@ -62,7 +66,13 @@ def run(options: argparse.Namespace) -> int:
         )
     environ = dict(os.environ)
     pass_on(options, environ)
-    TelemetrySettings.from_env(environ)  # a mistake is told now, not by every rank
+    try:
+        TelemetrySettings.from_env(environ)  # a mistake is told now, not by every rank
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if getattr(options, _OPTIONS.get(name, ""), None) is None:
+            raise
+        raise ValueError(f"--{_OPTIONS[name].replace('_', '-')} {rest}") from None
     executable = shutil.which(program[0])
     if executable is None:
         print(f"onecast: {program[0]}: command not found", file=sys.stderr)

@@ -90,6 +90,16 @@ def test_what_the_page_says_of_the_model_is_what_the_model_says() -> None:
         assert numbers == [round(number) for number in expected], (operation, shape)
 
 
+@pytest.mark.parametrize(
+    ("script", "missing"), [("ssh.sh", "HOSTS"), ("slurm.sh", "SLURM_JOB_NODELIST")]
+)
+def test_a_script_says_what_it_lacks(script: str, missing: str) -> None:
+    bare = {"PATH": os.environ["PATH"]}
+    done = subprocess.run([NODES / script], env=bare, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f" {missing}: " in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["ssh.sh", "slurm.sh"])
 def test_a_script_starts_one_run_on_all_nodes(tmp_path: Path, script: str) -> None:

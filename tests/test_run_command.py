@@ -104,8 +104,10 @@ def test_signals_reach_the_program(tmp_path: Path) -> None:
         (["--"], 2, "no program was given"),
         (["--", "no-such-program"], 127, "no-such-program: command not found"),
         (["--", "{unrunnable}"], 126, "Exec format error"),
-        (["--step", "sometimes", "--", "true"], 2, "auto_step is 'sometimes'"),
-        (["--hang", "-1", "--", "true"], 2, "hang_s is -1.0"),
+        (["--step", "sometimes", "--", "true"], 2, "--step is 'sometimes'"),
+        (["--hang", "-1", "--", "true"], 2, "--hang is -1.0"),
+        (["--port", "99999", "--", "true"], 2, "--port is 99999; it must be 0 to 65535"),
+        (["--one-in", "-1", "--", "true"], 2, "--one-in is -1; it must be 0 to"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_runs(

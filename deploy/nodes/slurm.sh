@@ -12,6 +12,7 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --requeue
 set -euo pipefail
+: "${SLURM_JOB_NODELIST:?is what a job has: sbatch $0 ...}"
 # The launcher of each node starts that node's ranks; Slurm starts one launcher on each.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 endpoint=${hosts[0]}:$((20000 + SLURM_JOB_ID % 10000)) # jobs may share a node
